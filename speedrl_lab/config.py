@@ -1,0 +1,316 @@
+"""Every knob of the project, once: frozen dataclasses, presets, and strict flat access.
+
+Field names are unique over all classes, so one flat papermill parameter maps to one field. Presets
+are Python. Standard library only; no other module defines a setting.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Order = Literal["confidence", "halton", "random"]
+Schedule = Literal["cosine", "linear", "power", "paced"]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The known name that looks most like `name`."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+class _Checked:
+    """Checks that hold for every config class: Literal fields hold a listed value."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                options = [str(option) for option in get_args(kind)]
+                raise ValueError(
+                    f"{name}={value!r} is not known; nearest: {nearest(str(value), options)!r} "
+                    f"(one of {', '.join(options)})"
+                )
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig(_Checked):
+    """How tokens are revealed."""
+
+    steps: int = 8
+    """Rounds of unmasking; for the paced schedule, the most there can be."""
+    order: Order = "halton"
+    """Which positions come first; Halton and random orders do not depend on the model."""
+    schedule: Schedule = "cosine"
+    """How many positions each step reveals; `paced` lets the policy's pace head choose."""
+    power: float = 3.0
+    """Exponent of the power schedule: after step i of T, a share ((i+1)/T)**power is known."""
+    guidance_scale: float = 1.0
+    """s in z = u + s(c - u); 1 is off and costs one pass a step instead of two."""
+    temperature: float = 1.0
+    """Divides the logits of the tokens."""
+    choice_temperature: float = 1.0
+    """Gumbel noise on the confidences, falling linearly to 0; confidence order only."""
+    greedy_pace: bool = False
+    """Take the most probable pace instead of drawing one (evaluation)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(isinstance(self.steps, int) and self.steps >= 1, "steps", "an integer of at least 1")
+        self._require(self.power > 0, "power", "a positive number")
+        self._require(self.guidance_scale >= 0, "guidance_scale", "a number of at least 0 (1 is off)")
+        self._require(self.temperature > 0, "temperature", "a positive number")
+        self._require(self.choice_temperature >= 0, "choice_temperature", "a number of at least 0")
+        if self.schedule == "paced" and self.order == "confidence":
+            raise ValueError("schedule='paced' needs a model-independent order: 'halton' or 'random'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Checked):
+    """The Speed-RL loop (GRPO)."""
+
+    sampler: SamplerConfig = SamplerConfig(steps=4, order="halton", schedule="power")
+    """Rollouts are drawn with exactly this sampler, and scored with exactly this distribution."""
+    iterations: int = 100
+    """Rollout-and-update rounds."""
+    num_groups: int = 12
+    """Prompts per iteration."""
+    group_size: int = 8
+    """Samples per prompt; the advantage is computed inside the group."""
+    learning_rate: float = 1e-4
+    """Of the policy (Adam), after the warm-up."""
+    pace_learning_rate: float = 3e-3
+    """Of the pace head (Adam)."""
+    warmup_iterations: int = 10
+    """Learning rates rise linearly over these."""
+    inner_epochs: int = 1
+    """Passes over each rollout; above 1 the PPO clip acts."""
+    clip_range: float = 0.2
+    """Epsilon of the PPO clip on the per-token probability ratio."""
+    micro_batch_size: int = 32
+    """Rows scored at once in the update; changes memory, not the gradient."""
+    kl_weight: float = 0.02
+    """Beta of the penalty that holds the policy near the reference."""
+    kl_estimator: Literal["cross_entropy", "exact"] = "cross_entropy"
+    """Forward KL(reference, policy), or reverse KL(policy, reference), full vocabulary, at visited states."""
+    advantage_std: Literal["global", "group", "none"] = "global"
+    """What the summed advantage is divided by."""
+    quality_weights: Mapping[str, float] = field(default_factory=lambda: {"clip": 1.0})
+    """Weight of each quality reward after its z-score inside the group."""
+    speed_weight: float = 0.0
+    """Weight of the speed reward, in units of the quality score; acts only if steps vary (paced)."""
+    filter_quantile: float = 0.0
+    """Samples below this quantile of their group's quality are low-quality; 0 turns the filter off."""
+    low_quality: Literal["off", "clip", "drop"] = "off"
+    """Low-quality samples: advantage clipped at 0, or dropped."""
+    collapse_share: float = 0.15
+    """Stop and restore the best weights when the smoothed quality falls this share below its best."""
+    diversity_floor: float = 0.5
+    """Warn when within-group diversity falls below this share of its start."""
+    save_every: int = 20
+    """Iterations between checkpoints."""
+    seed: int = 0
+    """Of rollouts and prompt draws."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.iterations >= 0, "iterations", "at least 0")
+        self._require(self.num_groups >= 1, "num_groups", "at least 1")
+        self._require(
+            self.group_size >= 2,
+            "group_size",
+            "at least 2: the advantage compares the samples of one prompt with each other",
+        )
+        self._require(self.inner_epochs >= 1, "inner_epochs", "at least 1")
+        self._require(0 < self.clip_range < 1, "clip_range", "a number between 0 and 1")
+        self._require(self.micro_batch_size >= 1, "micro_batch_size", "at least 1")
+        self._require(self.learning_rate > 0, "learning_rate", "a positive number")
+        self._require(self.kl_weight >= 0, "kl_weight", "a number of at least 0")
+        self._require(0 <= self.filter_quantile < 1, "filter_quantile", "a number in [0, 1)")
+        self._require(bool(self.quality_weights), "quality_weights", "at least one reward name")
+        if self.sampler.order == "confidence":
+            raise ValueError(
+                "order='confidence' has no model-independent trajectory probability; "
+                "train with order='halton' (or 'random'), sample with any order afterwards"
+            )
+        if self.sampler.guidance_scale != 1.0:
+            raise ValueError(
+                f"guidance_scale={self.sampler.guidance_scale}: train without guidance (1.0); "
+                "RL absorbs it and every step then costs one pass"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(_Checked):
+    """The frontier."""
+
+    budgets: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Sampling steps compared."""
+    num_prompts: int = 256
+    """Prompts of the split, in file order."""
+    num_seeds: int = 3
+    """Sampling seeds; each is one row of the table for a model and budget."""
+    split: Literal["validation", "test", "composition"] = "test"
+    """Which prompts; none of them was trained on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(len(self.budgets) > 0 and min(self.budgets) >= 1, "budgets", "step counts from 1")
+        self._require(self.num_prompts >= 2, "num_prompts", "at least 2")
+        self._require(self.num_seeds >= 1, "num_seeds", "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(_Checked):
+    """The embedded models."""
+
+    tokenizer_iterations: int = 3000
+    """Of 64 images each."""
+    clip_iterations: int = 2500
+    """Of 128 images each."""
+    detector_iterations: int = 3000
+    """Of 128 images each."""
+    generator_iterations: int = 6000
+    """Of `pretrain_batch_size` images each."""
+    pretrain_batch_size: int = 128
+    """Images an iteration of the generator."""
+    pretrain_learning_rate: float = 2e-3
+    """Of the generator (Muon and AdamW)."""
+    width: int = 192
+    """Of the generator's transformer."""
+    depth: int = 6
+    """Blocks of the generator's transformer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tokenizer_iterations", "clip_iterations", "detector_iterations", "generator_iterations"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(self.pretrain_batch_size >= 1, "pretrain_batch_size", "at least 1")
+        self._require(self.width % 16 == 0, "width", "a multiple of 16 (4 heads of rotary pairs)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Checked):
+    """All settings of one run, made from a preset and flat knobs."""
+
+    preset: str = "emoji"
+    """Named start."""
+    device: str = "auto"
+    """`auto` takes CUDA where there is one."""
+    train: TrainConfig = TrainConfig()
+    evaluation: EvalConfig = EvalConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+
+    @classmethod
+    def from_flat(cls, preset: str | None = None, **knobs: Any) -> "RunConfig":
+        """Start from a preset (default: environment variable SPEEDRL_PRESET, else "emoji"), set knobs.
+
+        Raises ValueError for an unknown preset and TypeError for an unknown or mistyped knob; both
+        name the nearest valid one.
+        """
+        preset = preset or os.environ.get("SPEEDRL_PRESET") or "emoji"
+        if preset not in PRESETS:
+            known = list(PRESETS)
+            raise ValueError(
+                f"unknown preset {preset!r}; nearest: {nearest(preset, known)!r} (one of {', '.join(known)})"
+            )
+        config = PRESETS[preset]
+        owners = flat_fields()
+        for name, value in knobs.items():
+            if name not in owners:
+                raise TypeError(f"unknown parameter {name!r}; nearest: {nearest(name, list(owners))!r}")
+        train = config.train
+        changes = {
+            owner: {
+                name: _typed(name, value, owners[name][1])
+                for name, value in knobs.items()
+                if owners[name][0] is owner
+            }
+            for owner in (SamplerConfig, TrainConfig, EvalConfig, PretrainConfig, RunConfig)
+        }
+        sampler = replace(train.sampler, **changes[SamplerConfig])
+        return replace(
+            config,
+            preset=preset,
+            train=replace(train, sampler=sampler, **changes[TrainConfig]),
+            evaluation=replace(config.evaluation, **changes[EvalConfig]),
+            pretrain=replace(config.pretrain, **changes[PretrainConfig]),
+            **changes[RunConfig],
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """Every field and value in one dictionary."""
+        parts = (self, self.train, self.train.sampler, self.evaluation, self.pretrain)
+        return {f.name: getattr(part, f.name) for part in parts for f in fields(part) if f.name not in _NESTED}
+
+    def to_json(self) -> str:
+        """The flat settings as JSON; `from_flat(**json.loads(text))` gives the same config."""
+        return json.dumps(self.flat(), indent=1, default=dict)
+
+    def _repr_markdown_(self) -> str:
+        base = PRESETS[self.preset].flat()
+        changed = {name: value for name, value in self.flat().items() if base[name] != value}
+        lines = [f"**preset `{self.preset}`**" + (", changed:" if changed else ", nothing changed")]
+        lines += [f"- `{name}` = `{value}` (preset: `{base[name]}`)" for name, value in changed.items()]
+        return "\n".join(lines)
+
+
+_NESTED = ("sampler", "train", "evaluation", "pretrain")
+
+
+def flat_fields() -> dict[str, tuple[type, Any]]:
+    """Every settable name with its class and type; names are unique over all classes."""
+    table: dict[str, tuple[type, Any]] = {}
+    for owner in (RunConfig, TrainConfig, SamplerConfig, EvalConfig, PretrainConfig):
+        hints = get_type_hints(owner)
+        table |= {f.name: (owner, hints[f.name]) for f in fields(owner) if f.name not in _NESTED}
+    return table
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """The value as the field's type; TypeError in one line where it does not fit."""
+    origin = get_origin(kind)
+    if origin is tuple and isinstance(value, list | tuple) and all(type(v) is int for v in value):
+        return tuple(value)
+    if origin is Mapping and isinstance(value, Mapping):
+        return dict(value)
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    if origin is Literal and isinstance(value, str):
+        return value
+    label = getattr(kind, "__name__", str(kind)) if origin is None else str(kind).replace("typing.", "")
+    raise TypeError(f"parameter {name}={value!r} has type {type(value).__name__}, expected {label}")
+
+
+def _presets() -> dict[str, RunConfig]:
+    emoji = RunConfig()
+    smoke = replace(
+        emoji,
+        preset="smoke",
+        train=replace(emoji.train, iterations=3, num_groups=2, group_size=4, warmup_iterations=1, save_every=2),
+        evaluation=replace(emoji.evaluation, budgets=(1, 2, 4), num_prompts=12, num_seeds=2),
+        pretrain=replace(
+            emoji.pretrain, tokenizer_iterations=3, clip_iterations=3, detector_iterations=3,
+            generator_iterations=3, pretrain_batch_size=8, width=32, depth=1,
+        ),
+    )  # fmt: skip
+    gpu = replace(
+        emoji,
+        preset="emoji-gpu",
+        train=replace(emoji.train, num_groups=48, group_size=16, micro_batch_size=768),
+        pretrain=replace(emoji.pretrain, generator_iterations=20000, pretrain_batch_size=256),
+    )
+    return {"smoke": smoke, "emoji": emoji, "emoji-gpu": gpu}
+
+
+PRESETS: dict[str, RunConfig] = _presets()
+assert dataclasses.is_dataclass(RunConfig)

@@ -1,0 +1,265 @@
+"""Models x budgets x seeds, judged by what no training saw: one row an image, then a table with intervals.
+
+The judges are those of EmojiScenes. Costs are reported as steps, forward passes and seconds, of the
+sampling loop alone and with the decoder; models take turns within a seed and budget, after a warm-up.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from speedrl_lab import judges, scenes
+from speedrl_lab.config import SamplerConfig
+from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.rewards.embedded import load_clip, load_detector
+from speedrl_lab.sampler import sample
+
+SAMPLES_PER_PROMPT = 2
+"""Two samples of each prompt and seed: the fewest that show diversity."""
+BATCH_SIZE = 128
+METRICS = ("accuracy", "color", "relation", "clip", "psnr", "diversity")
+SET_METRICS = ("kid", "fd")
+COSTS = ("steps", "forwards", "seconds_loop", "seconds_total")
+BASE_SAMPLERS = scenes.DATA / "base_samplers.json"
+
+Samplers = Mapping[str, SamplerConfig | Mapping[int, SamplerConfig]]
+
+
+def score_samples(
+    generators: Mapping[str, MaskedGenerator],
+    prompts: Sequence[str],
+    budgets: Sequence[int] = (1, 2, 4, 8),
+    seeds: int = 3,
+    samplers: Samplers | None = None,
+) -> pd.DataFrame:
+    """Sample every model at every budget and judge each picture: a frame with one row an image.
+
+    `samplers` gives a model's settings, one for all budgets (its `steps` is replaced) or one a budget;
+    models without an entry take Halton order, cosine schedule, no guidance. `kid` and `fd` compare the
+    set of a seed with as many real scenes of the same captions.
+    """
+    if not generators or not len(budgets) or seeds < 1:
+        raise ValueError("nothing to evaluate: expected at least one generator, one budget and one seed")
+    scenes.encode_captions(prompts)  # an unreadable prompt fails before the first sample
+    settings = {
+        (name, budget): _sampler(samplers or {}, name, budget) for name in generators for budget in budgets
+    }
+    first = next(iter(generators.values()))
+    detector, clip = load_detector(first.device), load_clip(first.device)
+    repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
+    frames = []
+    with tqdm(total=len(settings) * seeds, desc="evaluate", unit="set") as progress:
+        for name, generator in generators.items():
+            sample(generator, list(prompts[:2]), settings[name, budgets[0]])  # warm-up
+        for seed in range(seeds):
+            layout = scenes.draw_layouts(
+                [scenes.parse_caption(prompt) for prompt in repeated], torch.Generator().manual_seed(seed)
+            )
+            real = scenes.paint(layout)
+            for budget in budgets:
+                for name, generator in generators.items():
+                    images, costs = _generate(generator, repeated, settings[name, budget], seed)
+                    scores = judge(images, repeated, real, detector, clip)
+                    frames.append(pd.DataFrame({"model": name, "budget": budget, "seed": seed, **costs, **scores}))
+                    progress.update()
+    return pd.concat(frames, ignore_index=True)
+
+
+def _sampler(samplers: Samplers, name: str, budget: int) -> SamplerConfig:
+    chosen = samplers.get(name, SamplerConfig())
+    if isinstance(chosen, SamplerConfig):
+        return replace(chosen, steps=budget)
+    if budget not in chosen:
+        raise ValueError(f"no sampler given for {name!r} at budget {budget}; given: {sorted(chosen)}")
+    return replace(chosen[budget], steps=budget)
+
+
+def _generate(
+    generator: MaskedGenerator, prompts: list[str], sampler: SamplerConfig, seed: int
+) -> tuple[torch.Tensor, dict[str, np.ndarray | float]]:
+    """Pictures (B, 3, H, W) on the CPU and the costs of each; seconds are means an image."""
+    batches, steps, forwards = [], [], []
+    loop = total = 0.0
+    # A prompt's samples are numbered inside the batch, so batches never split a group.
+    for start in range(0, len(prompts), BATCH_SIZE):
+        batch = prompts[start : start + BATCH_SIZE]
+        began = time.perf_counter()
+        trajectory = sample(generator, batch, sampler, seed=seed)
+        if trajectory.tokens.is_cuda:
+            torch.cuda.synchronize(trajectory.tokens.device)
+        loop += time.perf_counter() - began
+        images = generator.decode(trajectory.tokens).cpu()
+        total += time.perf_counter() - began
+        batches.append(images)
+        steps.append(trajectory.steps.cpu())
+        forwards.append(trajectory.forwards.cpu())
+    costs = {
+        "steps": torch.cat(steps).numpy(),
+        "forwards": torch.cat(forwards).numpy(),
+        "seconds_loop": loop / len(prompts),
+        "seconds_total": total / len(prompts),
+    }
+    return torch.cat(batches), costs
+
+
+@torch.no_grad()
+def judge(
+    images: torch.Tensor,
+    prompts: Sequence[str],
+    real: torch.Tensor,
+    detector: torch.nn.Module,
+    clip: torch.nn.Module,
+) -> dict[str, np.ndarray | float | list]:
+    """All judges on images (B, 3, 32, 32) in [0, 1], SAMPLES_PER_PROMPT of each prompt in a row."""
+    device = next(detector.parameters()).device
+    moved = images.to(device)
+    verdict = judges.verdict(detector, moved, prompts)
+    words = scenes.encode_captions(prompts).to(device)
+    group = SAMPLES_PER_PROMPT
+    distances = judges.diversity(detector.features(moved), group)
+    subset = min(100, len(images) // 2)
+    return {
+        "prompt": list(prompts),
+        "kind": [scenes.parse_caption(prompt).kind for prompt in prompts],
+        "sample": np.arange(len(images)) % group,
+        "accuracy": verdict["counts"].float().cpu().numpy(),
+        "color": verdict["color"].float().cpu().numpy(),
+        "relation": verdict["relation"].float().cpu().numpy(),
+        "clip": (clip.encode_image(moved) * clip.encode_text(words)).sum(1).cpu().numpy(),
+        "psnr": judges.nearest_scene(images, prompts).psnr.numpy(),
+        "diversity": distances.repeat_interleave(group).cpu().numpy(),
+        "kid": judges.kid(detector, real.to(device), moved, subset_size=subset, subsets=20, seed=0)[0],
+        "fd": judges.frechet_distance(detector, real.to(device), moved),
+    }
+
+
+def judge_real(prompts: Sequence[str], seed: int = 0, reconstruct: MaskedGenerator | None = None) -> pd.Series:
+    """What the judges say of real scenes, or of their reconstructions: the best anyone can reach."""
+    repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
+    parsed = [scenes.parse_caption(prompt) for prompt in repeated]
+    real, other = (
+        scenes.paint(scenes.draw_layouts(parsed, torch.Generator().manual_seed(number)))
+        for number in (2 * seed, 2 * seed + 1)
+    )
+    if reconstruct is not None:
+        real = reconstruct.decode(reconstruct.tokenize(real)).cpu()
+    scores = pd.DataFrame(judge(real, repeated, other, load_detector(), load_clip()))
+    return scores[[*METRICS, *SET_METRICS]].mean()
+
+
+def summarize(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a model, budget and seed: means of costs and judges."""
+    columns = [*COSTS, *METRICS, *SET_METRICS]
+    return frame.groupby(["model", "budget", "seed"], sort=False)[columns].mean().reset_index()
+
+
+def evaluate(
+    generators: Mapping[str, MaskedGenerator],
+    prompts: Sequence[str],
+    budgets: Sequence[int] = (1, 2, 4, 8),
+    seeds: int = 3,
+    samplers: Samplers | None = None,
+) -> pd.DataFrame:
+    """`score_samples`, summarized: one row a model, budget and seed."""
+    return summarize(score_samples(generators, prompts, budgets, seeds, samplers))
+
+
+def frontier(frame: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
+    """One row a model and budget with 95% intervals, from the frame of `score_samples`.
+
+    Intervals are percentiles of a bootstrap over prompts (samples and seeds of a prompt stay together);
+    for `kid` and `fd`, which belong to a set, two standard errors over the seeds.
+    """
+    rng = np.random.default_rng(0)
+    rows = []
+    for (model, budget), part in frame.groupby(["model", "budget"], sort=False):
+        by_prompt = part.groupby("prompt")[list(METRICS)].mean().to_numpy()  # (P, M)
+        weights = rng.multinomial(len(by_prompt), np.full(len(by_prompt), 1 / len(by_prompt)), draws)
+        means = weights @ by_prompt / len(by_prompt)  # (draws, M)
+        low, high = np.quantile(means, [0.025, 0.975], axis=0)
+        row = {"model": model, "budget": budget, **part[list(COSTS)].mean().to_dict()}
+        for index, metric in enumerate(METRICS):
+            row |= {metric: by_prompt[:, index].mean(), f"{metric}_low": low[index], f"{metric}_high": high[index]}
+        sets = part.groupby("seed")[list(SET_METRICS)].mean()
+        error = 2 * sets.std() / max(1, len(sets)) ** 0.5 if len(sets) > 1 else sets.std().fillna(np.nan)
+        for metric in SET_METRICS:
+            center = sets[metric].mean()
+            row |= {metric: center, f"{metric}_low": center - error[metric], f"{metric}_high": center + error[metric]}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def paired_difference(
+    frame: pd.DataFrame, left: tuple[str, int], right: tuple[str, int], metric: str, draws: int = 1000
+) -> tuple[float, float, float]:
+    """Mean of (left - right) for two (model, budget) on the same prompts, with its 95% interval."""
+    means = [
+        frame[(frame.model == model) & (frame.budget == budget)].groupby("prompt")[metric].mean()
+        for model, budget in (left, right)
+    ]
+    difference = (means[0] - means[1]).dropna().to_numpy()
+    if len(difference) == 0:
+        raise ValueError(f"{left} and {right} share no prompts in this frame")
+    rng = np.random.default_rng(0)
+    draw = rng.choice(difference, (draws, len(difference))).mean(1)
+    low, high = np.quantile(draw, [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
+
+
+def passes_at_quality(table: pd.DataFrame, metric: str = "accuracy", baseline: str = "base") -> pd.DataFrame:
+    """For each budget of the baseline, the fewest passes with which another model is not worse.
+
+    From the table of `frontier`. Not worse: the other's mean is at least the baseline's mean (at most,
+    for kid and fd). `passes` and `ratio` are NaN where no budget gets there.
+    """
+    sign = -1 if metric in SET_METRICS else 1
+    rows = []
+    base = table[table.model == baseline]
+    if base.empty:
+        raise ValueError(f"baseline {baseline!r} is not in the table; models: {sorted(table.model.unique())}")
+    for _, point in base.iterrows():
+        for model, part in table[table.model != baseline].groupby("model", sort=False):
+            enough = part[sign * part[metric] >= sign * point[metric]]
+            passes = enough.forwards.min() if len(enough) else np.nan
+            rows.append(
+                {
+                    "baseline_budget": point.budget,
+                    "baseline_passes": point.forwards,
+                    metric: point[metric],
+                    "model": model,
+                    "passes": passes,
+                    "ratio": point.forwards / passes,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def search_samplers(
+    generator: MaskedGenerator, prompts: Sequence[str], budgets: Sequence[int], candidates: Sequence[SamplerConfig]
+) -> dict[int, SamplerConfig]:
+    """The best sampler for each budget by exact counts + PSNR / 100 on `prompts`: a fair base."""
+    names = {f"{index}": replace(config) for index, config in enumerate(candidates)}
+    best: dict[int, SamplerConfig] = {}
+    for budget in budgets:
+        frame = score_samples(dict.fromkeys(names, generator), prompts, [budget], 1, names)
+        means = frame.groupby("model")[["accuracy", "psnr"]].mean()
+        winner = (means.accuracy + means.psnr / 100).idxmax()
+        best[budget] = replace(names[winner], steps=budget)
+    return best
+
+
+def save_base_samplers(samplers: Mapping[int, SamplerConfig]) -> None:
+    """Write the searched settings of the embedded base."""
+    BASE_SAMPLERS.write_text(json.dumps({k: asdict(v) for k, v in samplers.items()}, indent=1) + "\n")
+
+
+def load_base_samplers() -> dict[int, SamplerConfig]:
+    """The searched settings of the embedded base, by budget."""
+    settings = json.loads(BASE_SAMPLERS.read_text())
+    return {int(budget): SamplerConfig(**values) for budget, values in settings.items()}

@@ -1,0 +1,131 @@
+"""The contract between a masked generator and everything that uses one.
+
+A generator is networks and codecs behind one interface, without randomness of its own: the sampler
+owns all of it. The loops receive a generator and never learn its family.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from speedrl_lab.pace import PaceHead
+
+
+@dataclass(frozen=True)
+class GeneratorSpec:
+    """What a sampler must know of a generator."""
+
+    name: str
+    grid: tuple[int, int]
+    """Token rows and columns; N = rows * columns, raster order."""
+    image_size: tuple[int, int]
+    """Pixels (H, W)."""
+    codebook_size: int
+    """V, the codes that may be emitted; the mask is never one of them."""
+    mask_id: int
+    """Input id of the mask; may lie above V."""
+    conditioning: Literal["text", "class"]
+    time_input: Literal["none", "step_index", "mask_ratio"]
+    """What the network is told of the time."""
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the positions of the grid."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where a sampling loop stands; host numbers, so that no device is synchronized."""
+
+    index: int
+    """0 ... total-1."""
+    total: int
+    """Steps of the loop, at most."""
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Encoded prompts: named tensors with one row a prompt; opaque to everyone but their generator."""
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def index(self, rows: Tensor) -> "Cond":
+        """The prompts at `rows`."""
+        return Cond({name: value[rows] for name, value in self.tensors.items()})
+
+    def repeat_interleave(self, times: int) -> "Cond":
+        """Group-major copies: sample j of prompt i at row i * times + j."""
+        return Cond({name: value.repeat_interleave(times, 0) for name, value in self.tensors.items()})
+
+    def cat(self, other: "Cond") -> "Cond":
+        """The rows of both."""
+        return Cond({name: torch.cat([value, other.tensors[name]]) for name, value in self.tensors.items()})
+
+
+class MaskedGenerator(Protocol):
+    """A pretrained masked image generator."""
+
+    spec: GeneratorSpec
+    policy: nn.Module
+    """The trainable network; codec and text encoder stay frozen."""
+    pace: PaceHead | None
+    """Head that chooses how many tokens to reveal; None until one is trained."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Encode B prompts, without gradient."""
+        ...
+
+    def null(self, count: int) -> Cond:
+        """`count` unconditional rows."""
+        ...
+
+    def logits(self, tokens: Tensor, cond: Cond, step: StepInfo, rows: Tensor | None = None) -> Tensor:
+        """Logits of tokens (B, N): float32 (B, N, V), or (len(rows), V) at flat indices into B*N."""
+        ...
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Codes (B, N) to images, float32 (B, 3, H, W) in [0, 1]; raises ValueError on a mask."""
+        ...
+
+    def tokenize(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to codes, int64 (B, N)."""
+        ...
+
+    def copy(self) -> "MaskedGenerator":
+        """The same generator with its own copy of the policy and pace head."""
+        ...
+
+    def save_policy(self, path: Path | str, origin: str = "") -> None:
+        """Write policy and pace head to one safetensors file."""
+        ...
+
+
+def guided_logits(
+    generator: MaskedGenerator,
+    tokens: Tensor,
+    cond: Cond,
+    guidance_scale: float,
+    step: StepInfo,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """z = u + s (c - u); s = 1 is no guidance and one pass, anything else two passes in one batch."""
+    if guidance_scale == 1.0:
+        return generator.logits(tokens, cond, step, rows)
+    count = len(tokens)
+    both = cond.cat(generator.null(count))
+    doubled = None if rows is None else torch.cat([rows, rows + tokens.numel()])
+    conditional, unconditional = generator.logits(tokens.repeat(2, 1), both, step, doubled).chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)

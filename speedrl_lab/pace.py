@@ -1,0 +1,61 @@
+"""The pace head: reads what the model knows, chooses how many tokens to reveal now.
+
+Our interpretation of how the number of steps becomes an action (the paper does not say). It sees the
+entropies of the next positions in the order and the share revealed, as numbers without gradient: the
+pace is learned by its own log-probability alone.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+"""The choices, as shares of all N tokens; a choice above what is left reveals all that is left."""
+FEATURES = 2 * len(SHARES) + 2
+
+
+def pace_counts(num_tokens: int) -> Tensor:
+    """How many tokens each choice reveals, int64 (K,), at least one."""
+    return torch.tensor([max(1, round(share * num_tokens)) for share in SHARES])
+
+
+def pace_features(entropies: Tensor, remaining: Tensor) -> Tensor:
+    """Features (B, FEATURES) of ordered entropies (B, N) in nats; the first `remaining` (B,) count.
+
+    Mean and maximum entropy of the next 1/32 ... 1 of the tokens (in units of 4 bits), the share
+    revealed and the log of the share that is left.
+    """
+    num_tokens = entropies.shape[1]
+    left = torch.arange(num_tokens, device=entropies.device) < remaining[:, None]  # (B, N)
+    known = entropies * left
+    totals, peaks = known.cumsum(1), known.cummax(1).values
+    ends = pace_counts(num_tokens).to(entropies.device)  # (K,)
+    ends = torch.minimum(ends, remaining[:, None].clamp(min=1))  # (B, K)
+    means = totals.gather(1, ends - 1) / ends
+    share = remaining[:, None].float() / num_tokens
+    knowledge = torch.cat([means, peaks.gather(1, ends - 1)], 1) / (4 * math.log(2))
+    return torch.cat([knowledge, 1 - share, share.clamp(min=1e-3).log()], 1)
+
+
+class PaceHead(nn.Module):
+    """Log-probabilities of the K choices from pace features; starts with all choices equally likely."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.config = {"width": width}
+        self.layers = nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), nn.Linear(width, len(SHARES)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Log-probabilities (..., K) from pace features (..., FEATURES)."""
+        return self.layers(features).log_softmax(-1)
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> "PaceHead":
+        """Fresh weights from a seed; returns itself."""
+        rng = torch.Generator().manual_seed(seed)
+        first, last = self.layers[0], self.layers[2]
+        first.weight.copy_(torch.randn(first.weight.shape, generator=rng) / first.in_features**0.5)
+        for zero in (first.bias, last.weight, last.bias):
+            zero.zero_()
+        return self

@@ -1,0 +1,116 @@
+"""One folder a run: config.json, metrics.jsonl, checkpoint.pt, policy.safetensors, card.md.
+
+Files are written to a temporary name and moved into place, so none is ever half-written; an existing
+run is gone on with or refused, never overwritten.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT_VERSION = 1
+
+
+def outputs_root() -> Path:
+    """The folder of all runs: $SPEEDRL_OUTPUTS, or `outputs` beside the package."""
+    return Path(os.environ.get("SPEEDRL_OUTPUTS") or ROOT / "outputs").resolve()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+class Run:
+    """A run folder that is open for writing."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.settings = path, settings
+
+    @classmethod
+    def open(cls, name: str | Path, settings: Mapping[str, Any], resume: bool = False) -> "Run":
+        """Create outputs/<name> (or the given absolute folder), or go on with it when `resume` is True.
+
+        Raises FileExistsError when the run exists and `resume` is False, ValueError when it was started
+        with other settings, and OSError in one line when the folder cannot be written.
+        """
+        path = Path(name) if Path(name).is_absolute() else outputs_root() / name
+        settings = json.loads(json.dumps(dict(settings), default=dict))
+        described = path / "config.json"
+        if described.is_file():
+            if not resume:
+                raise FileExistsError(
+                    f"run {path} exists; go on with resume=True, or choose another run name"
+                )
+            before = json.loads(described.read_text())
+            changed = sorted(key for key in before | settings if before.get(key) != settings.get(key))
+            # A longer run is the one change that leaves everything done so far valid.
+            changed = [key for key in changed if key != "iterations"]
+            if changed:
+                key = changed[0]
+                raise ValueError(
+                    f"run {path} was started with {key}={before.get(key)!r}, now {settings.get(key)!r}; "
+                    "resume with the same settings, or choose another run name"
+                )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomic(described, json.dumps(settings, indent=1) + "\n")
+        except OSError as error:
+            raise OSError(f"cannot write run folder {path}: {error.strerror}; set SPEEDRL_OUTPUTS") from None
+        return cls(path, settings)
+
+    @property
+    def metrics(self) -> Path:
+        """The file of records, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append a record to metrics.jsonl."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record, default=float) + "\n")
+
+    def records(self) -> pd.DataFrame:
+        """All records so far, nested rewards as `rewards.<name>` columns."""
+        if not self.metrics.is_file():
+            return pd.DataFrame()
+        lines = self.metrics.read_text().splitlines()
+        return pd.json_normalize([json.loads(line) for line in lines])
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write checkpoint.pt: tensors and plain values only, no pickled code."""
+        partial = self.path / "checkpoint.partial"
+        torch.save({"version": CHECKPOINT_VERSION, **state}, partial)
+        os.replace(partial, self.path / "checkpoint.pt")
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint or None; drops records written after it. ValueError for a broken file."""
+        path = self.path / "checkpoint.pt"
+        if not path.is_file():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} is truncated or no checkpoint: {str(error).splitlines()[0]}") from None
+        if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
+            raise ValueError(f"{path} is not a version {CHECKPOINT_VERSION} checkpoint of this project")
+        if self.metrics.is_file():
+            lines = self.metrics.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["iteration"] <= state["iteration"]]
+            write_atomic(self.metrics, "".join(line + "\n" for line in kept))
+        return state
+
+    def write_card(self, facts: Mapping[str, Any]) -> Path:
+        """Write card.md, the run's facts and settings for people."""
+        lines = [f"# Run `{self.path.name}`", ""]
+        lines += [f"- **{name}**: {value}" for name, value in facts.items()]
+        lines += ["", "Settings:", "", "```json", json.dumps(self.settings, indent=1), "```", ""]
+        write_atomic(self.path / "card.md", "\n".join(lines))
+        return self.path / "card.md"

@@ -1,0 +1,203 @@
+"""The only loop that draws random numbers: unmask tokens step by step and record how.
+
+A step costs one forward pass of the network on each unfinished sample, two with guidance. The head is
+computed only at the rows that need it. Sampling mathematics is float32; a token is drawn by inverting
+the cumulative distribution with one uniform number.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from speedrl_lab import noise
+from speedrl_lab.config import SamplerConfig
+from speedrl_lab.generator import Cond, MaskedGenerator, StepInfo, guided_logits
+from speedrl_lab.pace import FEATURES, pace_counts, pace_features
+from speedrl_lab.schedules import halton_order, reveal_counts, shifted_orders
+from speedrl_lab.trajectory import Trajectory
+
+
+def policy_logits(
+    generator: MaskedGenerator,
+    tokens: Tensor,
+    cond: Cond,
+    sampler: SamplerConfig,
+    step: StepInfo,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Logits of the distribution that is sampled: guided, divided by the temperature, float32.
+
+    Rollouts and likelihoods both call this one function, so that they cannot differ.
+    """
+    return guided_logits(generator, tokens, cond, sampler.guidance_scale, step, rows) / sampler.temperature
+
+
+def inverse_cdf(log_probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one code a row: int64 (R,) from log-probabilities (R, V) and numbers (R,) in (0, 1)."""
+    cumulative = log_probs.exp().cumsum(-1)  # (R, V)
+    target = uniforms[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target).squeeze(1).clamp(max=log_probs.shape[1] - 1)
+
+
+def fixed_orders(generator: MaskedGenerator, sampler: SamplerConfig, keys: Tensor) -> Tensor:
+    """Positions in the order of revealing, int64 (B, N): Halton shifted and flipped a row, or random."""
+    grid, num_tokens = generator.spec.grid, generator.spec.num_tokens
+    if sampler.order == "random":
+        return noise.uniforms(keys, noise.ORDER, 0, num_tokens).argsort(1)
+    uniforms = noise.uniforms(keys, noise.ORDER, 0, 4)
+    return shifted_orders(halton_order(*grid).to(keys.device), grid, uniforms)
+
+
+@torch.no_grad()
+def sample(
+    generator: MaskedGenerator,
+    prompts: Sequence[str],
+    sampler: SamplerConfig,
+    seed: int = 0,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> Trajectory:
+    """Generate one sample a prompt; repeated prompts give different samples.
+
+    A sample is fixed by (seed, prompt, how often the prompt appeared before), whatever else is in the
+    batch. `on_step` receives `step`, `tokens` (B, N) with masks, and `revealed` bool (B, N) each step.
+    Raises ValueError for an unreadable prompt, steps > N, or a paced schedule without a pace head.
+    """
+    spec = generator.spec
+    if sampler.schedule == "paced" and generator.pace is None:
+        raise ValueError(
+            f"schedule='paced' needs a pace head and generator {spec.name!r} has none; "
+            "load one with policy=<file>, train one, or take schedule='cosine'"
+        )
+    fixed = "linear" if sampler.schedule == "paced" else sampler.schedule  # paced: only checks steps <= N
+    counts = reveal_counts(spec.num_tokens, sampler.steps, fixed, sampler.power)
+    if len(prompts) == 0:
+        raise ValueError("no prompts given; expected at least one")
+    cond = generator.encode(prompts)
+    keys = noise.row_keys(seed, prompts, generator.device)
+    state = _Unmasking(generator, sampler, keys, cond)
+    for step in range(sampler.steps):
+        before = state.tokens
+        if sampler.schedule == "paced":
+            state.paced_step(step)
+        elif sampler.order == "confidence":
+            state.confidence_step(step, int(counts[step]))
+        else:
+            state.ordered_step(step, int(counts[step]))
+        if on_step is not None:
+            on_step({"step": step, "tokens": state.tokens.clone(), "revealed": state.tokens != before})
+        if sampler.schedule == "paced" and not len(state.alive):
+            break
+    return state.record()
+
+
+class _Unmasking:
+    """The state of one sampling loop: B rows, of which `alive` still hold masks."""
+
+    def __init__(self, generator: MaskedGenerator, sampler: SamplerConfig, keys: Tensor, cond: Cond):
+        spec, count, device = generator.spec, len(keys), keys.device
+        self.generator, self.sampler, self.keys, self.cond = generator, sampler, keys, cond
+        self.tokens = torch.full((count, spec.num_tokens), spec.mask_id, device=device)
+        self.reveal_step = torch.full_like(self.tokens, -1)
+        self.log_prob = torch.zeros(count, spec.num_tokens, device=device)
+        self.known = torch.zeros(count, dtype=torch.int64, device=device)  # how many are revealed
+        self.steps = torch.zeros_like(self.known)
+        self.alive = torch.arange(count, device=device)
+        self.order = None if sampler.order == "confidence" else fixed_orders(generator, sampler, keys)
+        paced = sampler.schedule == "paced"
+        self.pace = torch.full((count, sampler.steps), -1, device=device) if paced else None
+        self.pace_log_prob = torch.zeros(count, sampler.steps, device=device) if paced else None
+        self.pace_features = torch.zeros(count, sampler.steps, FEATURES, device=device) if paced else None
+
+    def _log_probs(self, positions: Tensor, step: int) -> Tensor:
+        """Log-probabilities (A, M, V) at positions (A, M) of the rows alive."""
+        num_tokens = self.tokens.shape[1]
+        rows = (torch.arange(len(positions), device=positions.device)[:, None] * num_tokens + positions).flatten()
+        everyone = len(self.alive) == len(self.tokens)
+        cond = self.cond if everyone else self.cond.index(self.alive)
+        info = StepInfo(step, self.sampler.steps)
+        logits = policy_logits(self.generator, self.tokens[self.alive], cond, self.sampler, info, rows)
+        return logits.log_softmax(-1).unflatten(0, positions.shape)
+
+    def _draw(self, log_probs: Tensor, positions: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens and their log-probabilities, both (A, M)."""
+        uniforms = noise.uniforms(self.keys[self.alive], noise.TOKEN, step, self.tokens.shape[1])
+        drawn = inverse_cdf(log_probs.flatten(0, 1), uniforms.gather(1, positions).flatten())
+        drawn = drawn.unflatten(0, positions.shape)
+        return drawn, log_probs.gather(-1, drawn[..., None]).squeeze(-1)
+
+    def _fix(self, positions: Tensor, drawn: Tensor, log_prob: Tensor, keep: Tensor, step: int) -> None:
+        """Fix the tokens at positions (A, M) of the rows alive where `keep` (A, M) holds."""
+        rows = self.alive[:, None].expand_as(positions)[keep]
+        where = (rows, positions[keep])
+        self.tokens = self.tokens.index_put(where, drawn[keep])
+        self.reveal_step[where] = step
+        self.log_prob[where] = log_prob[keep]
+        self.known[self.alive] += keep.sum(1)
+        self.steps[self.alive] += 1
+        if self.pace is not None:
+            self.alive = self.alive[self.known[self.alive] < self.tokens.shape[1]]
+
+    def ordered_step(self, step: int, count: int) -> None:
+        """Reveal the next `count` positions of each row's order."""
+        first = int(self.known[0])  # equal in every row of a fixed schedule
+        positions = self.order[:, first : first + count]  # (B, count)
+        log_probs = self._log_probs(positions, step)
+        drawn, log_prob = self._draw(log_probs, positions, step)
+        self._fix(positions, drawn, log_prob, torch.ones_like(positions, dtype=torch.bool), step)
+
+    def confidence_step(self, step: int, count: int) -> None:
+        """Propose every masked token, keep the `count` most confident (MaskGIT, arXiv 2202.04200)."""
+        masked = self.reveal_step < 0
+        positions = masked.nonzero()[:, 1].unflatten(0, (len(self.tokens), -1))  # (B, M)
+        log_probs = self._log_probs(positions, step)
+        drawn, log_prob = self._draw(log_probs, positions, step)
+        uniforms = noise.uniforms(self.keys, noise.CHOICE, step, self.tokens.shape[1]).gather(1, positions)
+        level = self.sampler.choice_temperature * (1 - (step + 1) / self.sampler.steps)
+        confidence = log_prob - level * (-uniforms.log()).log()
+        best = confidence.topk(count, dim=1).indices
+        keep = torch.zeros_like(positions, dtype=torch.bool).scatter(1, best, True)
+        self._fix(positions, drawn, log_prob, keep, step)
+
+    def paced_step(self, step: int) -> None:
+        """Let the pace head choose how many of the next positions to reveal, then reveal them."""
+        num_tokens = self.tokens.shape[1]
+        known = self.known[self.alive]  # (A,)
+        remaining = num_tokens - known
+        width = int(remaining.max())
+        offsets = torch.arange(width, device=known.device)
+        index = (known[:, None] + offsets).clamp(max=num_tokens - 1)
+        positions = self.order[self.alive].gather(1, index)  # (A, width)
+        log_probs = self._log_probs(positions, step)
+        if step == self.sampler.steps - 1:
+            reveal = remaining
+        else:
+            entropies = -(log_probs.exp() * log_probs).sum(-1)  # (A, width)
+            features = pace_features(functional.pad(entropies, (0, num_tokens - width)), remaining)
+            choices = self.generator.pace(features)  # (A, K)
+            uniforms = noise.uniforms(self.keys[self.alive], noise.PACE, step, 1)[:, 0]
+            taken = choices.argmax(1) if self.sampler.greedy_pace else inverse_cdf(choices, uniforms)
+            self.pace[self.alive, step] = taken
+            self.pace_features[self.alive, step] = features
+            self.pace_log_prob[self.alive, step] = choices.gather(1, taken[:, None]).squeeze(1)
+            reveal = torch.minimum(pace_counts(num_tokens).to(taken.device)[taken], remaining)
+        drawn, log_prob = self._draw(log_probs, positions, step)
+        self._fix(positions, drawn, log_prob, offsets < reveal[:, None], step)
+
+    def record(self) -> Trajectory:
+        """The finished trajectory."""
+        guided = 1 if self.sampler.guidance_scale == 1.0 else 2
+        return Trajectory(
+            tokens=self.tokens,
+            reveal_step=self.reveal_step.to(torch.int16),
+            steps=self.steps,
+            forwards=self.steps * guided,
+            log_prob=self.log_prob,
+            mask_id=self.generator.spec.mask_id,
+            order=self.order,
+            pace=self.pace,
+            pace_features=self.pace_features,
+            pace_log_prob=self.pace_log_prob,
+        )

@@ -1,0 +1,70 @@
+"""Checks before a training run, seconds each: the silent no-ops that released trainers were found to have."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pandas as pd
+import torch
+
+from speedrl_lab.advantage import combine
+from speedrl_lab.config import TrainConfig
+from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.likelihood import trajectory_log_prob
+from speedrl_lab.objective import clipped_surrogate
+from speedrl_lab.pace import PaceHead
+from speedrl_lab.rewards import Reward
+from speedrl_lab.rl import Learner, check, rollout
+
+
+def selftest(
+    generator: MaskedGenerator, config: TrainConfig, prompts: Sequence[str], rewards: Mapping[str, Reward]
+) -> pd.DataFrame:
+    """Run every check on a copy of the generator: a table name, value, passed; raises on a failure.
+
+    Raises RuntimeError that names the failed checks; the generator itself is not touched.
+    """
+    check(generator, prompts, rewards, config)
+    trial = generator.copy()
+    paced = config.sampler.schedule == "paced"
+    if paced and trial.pace is None:
+        trial.pace = PaceHead().reset(config.seed).to(generator.device)
+    small = replace(config, num_groups=min(4, config.num_groups), warmup_iterations=0, inner_epochs=1)
+    first = rollout(trial, prompts, rewards, small, iteration=0)
+    second = rollout(trial, prompts, rewards, small, iteration=1)
+    advantages = combine(
+        first.rewards, config.quality_weights, config.speed_weight, config.group_size, config.advantage_std
+    )
+    with torch.no_grad():
+        replayed = trajectory_log_prob(trial, first.prompts, first.trajectory, config.sampler)
+    stored = first.trajectory.log_prob.sum(1)
+    if paced:
+        stored = stored + first.trajectory.pace_log_prob.sum(1)
+    error = float((replayed - stored).abs().max() / stored.abs().max().clamp(min=1))
+    learner = Learner(trial, small)
+    started = learner.update(first, advantages)
+    nudged = learner.update(first, advantages)
+    surrogate = clipped_surrogate(
+        torch.tensor([1.0, -1.0]), torch.zeros(2), torch.tensor([1.0, -1.0]), config.clip_range
+    )
+    clipped = float(surrogate[2].float().mean())
+    same = float((first.trajectory.tokens == second.trajectory.tokens).float().mean())
+    spread = float(first.trajectory.steps.float().std())
+    rows = [
+        ("replay returns the stored log-probability (relative error)", error, error < 1e-4),
+        ("ratio is 1 before the first update (largest deviation)", started["ratio_deviation"],
+         started["ratio_deviation"] < 1e-2),
+        ("KL is 0 at the start (nats a token)", started["kl"], abs(started["kl"]) < 1e-4),
+        ("KL is above 0 after an update", nudged["kl"], nudged["kl"] > 0),
+        ("the clip fires on forced ratios (share)", clipped, clipped == 1.0),
+        ("noise differs between iterations (share of equal tokens)", same, same < 1.0),
+        ("some group has a signal (silent groups)", float(advantages.silent_groups),
+         advantages.silent_groups < small.num_groups),
+    ]  # fmt: skip
+    if config.speed_weight:
+        rows.append(("steps vary, so that speed can act (std)", spread, spread > 0))
+    table = pd.DataFrame(rows, columns=["name", "value", "passed"])
+    failed = table[~table.passed]
+    if len(failed):
+        reasons = "; ".join(f"{row.name_} = {row.value:.3g}" for row in failed.rename(columns={"name": "name_"}).itertuples())
+        raise RuntimeError(f"self-test failed: {reasons}")
+    return table

@@ -1,0 +1,56 @@
+"""The compact record of one unmasking: final tokens and the step at which each was fixed."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a sampler did to B samples of N tokens; enough to rebuild every state.
+
+    A fixed token never changes, so the state before step i is `tokens` where `reveal_step < i` and the
+    mask elsewhere.
+    """
+
+    tokens: Tensor
+    """Final codes, int64 (B, N)."""
+    reveal_step: Tensor
+    """Step at which each position was fixed, int16 (B, N), from 0."""
+    steps: Tensor
+    """Rounds of unmasking of each sample, int64 (B,)."""
+    forwards: Tensor
+    """Forward passes of each sample, int64 (B,); a guided step costs two."""
+    log_prob: Tensor
+    """Log-probability of each token when it was drawn, float32 (B, N)."""
+    mask_id: int
+    """Input id of the mask."""
+    order: Tensor | None = None
+    """Positions in the order of revealing, int64 (B, N), where it is fixed beforehand."""
+    pace: Tensor | None = None
+    """Pace action taken at each step, int64 (B, T), -1 where none was taken."""
+    pace_features: Tensor | None = None
+    """What the pace head saw at each step, float32 (B, T, F)."""
+    pace_log_prob: Tensor | None = None
+    """Log-probability of each pace action, float32 (B, T), 0 where none was taken."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def state(self, step: int) -> Tensor:
+        """The tokens that step `step` sees, int64 (B, N)."""
+        return torch.where(self.reveal_step < step, self.tokens, self.mask_id)
+
+    def revealed(self, step: int) -> Tensor:
+        """Which positions step `step` fixed, bool (B, N)."""
+        return self.reveal_step == step
+
+    def select(self, rows: Tensor) -> "Trajectory":
+        """The samples at `rows`, an index or bool tensor."""
+        chosen = {
+            f.name: getattr(self, f.name)[rows]
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **chosen)
