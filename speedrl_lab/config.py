@@ -212,8 +212,8 @@ class RunConfig(_Checked):
     def from_flat(cls, preset: str | None = None, **knobs: Any) -> "RunConfig":
         """Start from a preset (default: environment variable SPEEDRL_PRESET, else "emoji"), set knobs.
 
-        Raises ValueError for an unknown preset and TypeError for an unknown or mistyped knob; both
-        name the nearest valid one.
+        A knob that is None stays as the preset says. Raises ValueError for an unknown preset and
+        TypeError for an unknown or mistyped knob; both name the nearest valid one.
         """
         preset = preset or os.environ.get("SPEEDRL_PRESET") or "emoji"
         if preset not in PRESETS:
@@ -223,9 +223,10 @@ class RunConfig(_Checked):
             )
         config = PRESETS[preset]
         owners = flat_fields()
-        for name, value in knobs.items():
+        for name in knobs:
             if name not in owners:
                 raise TypeError(f"unknown parameter {name!r}; nearest: {nearest(name, list(owners))!r}")
+        knobs = {name: value for name, value in knobs.items() if value is not None}
         train = config.train
         changes = {
             owner: {

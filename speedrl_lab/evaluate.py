@@ -42,7 +42,7 @@ def score_samples(
 
     `samplers` gives a model's settings, one for all budgets (its `steps` is replaced) or one a budget;
     models without an entry take Halton order, cosine schedule, no guidance. `kid` and `fd` compare the
-    set of a seed with as many real scenes of the same captions.
+    set of a seed with as many real scenes of the same kinds.
     """
     if not generators or not len(budgets) or seeds < 1:
         raise ValueError("nothing to evaluate: expected at least one generator, one budget and one seed")
@@ -58,10 +58,7 @@ def score_samples(
         for name, generator in generators.items():
             sample(generator, list(prompts[:2]), settings[name, budgets[0]])  # warm-up
         for seed in range(seeds):
-            layout = scenes.draw_layouts(
-                [scenes.parse_caption(prompt) for prompt in repeated], torch.Generator().manual_seed(seed)
-            )
-            real = scenes.paint(layout)
+            real = real_pictures(repeated, seed)
             for budget in budgets:
                 for name, generator in generators.items():
                     images, costs = _generate(generator, repeated, settings[name, budget], seed)
@@ -139,18 +136,23 @@ def judge(
     }
 
 
-def judge_real(prompts: Sequence[str], seed: int = 0, reconstruct: MaskedGenerator | None = None) -> pd.Series:
+def real_pictures(prompts: Sequence[str], seed: int) -> torch.Tensor:
+    """Real scenes of the same kinds as the prompts but other content, (B, 3, 32, 32)."""
+    rng = torch.Generator().manual_seed(seed)
+    return scenes.paint(scenes.draw_layouts(scenes.draw_like(prompts, rng), rng))
+
+
+def judge_real(
+    prompts: Sequence[str], seed: int = 0, reconstruct: MaskedGenerator | None = None
+) -> pd.Series:
     """What the judges say of real scenes, or of their reconstructions: the best anyone can reach."""
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
-    parsed = [scenes.parse_caption(prompt) for prompt in repeated]
-    real, other = (
-        scenes.paint(scenes.draw_layouts(parsed, torch.Generator().manual_seed(number)))
-        for number in (2 * seed, 2 * seed + 1)
-    )
+    rng = torch.Generator().manual_seed(1000 + seed)
+    images = scenes.paint(scenes.draw_layouts([scenes.parse_caption(prompt) for prompt in repeated], rng))
     if reconstruct is not None:
-        real = reconstruct.decode(reconstruct.tokenize(real)).cpu()
-    scores = pd.DataFrame(judge(real, repeated, other, load_detector(), load_clip()))
-    return scores[[*METRICS, *SET_METRICS]].mean()
+        images = reconstruct.decode(reconstruct.tokenize(images)).cpu()
+    scores = judge(images, repeated, real_pictures(repeated, seed), load_detector(), load_clip())
+    return pd.DataFrame(scores)[[*METRICS, *SET_METRICS]].mean()
 
 
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:

@@ -203,7 +203,7 @@ def _entropy(values: Tensor) -> Tensor:
 
 
 class DetectorFeatures(nn.Module):
-    """The detector's penultimate features as torchmetrics wants a feature network."""
+    """The detector's penultimate features, scaled to mean square 1 a picture, for torchmetrics."""
 
     def __init__(self, detector: Detector):
         super().__init__()
@@ -211,7 +211,7 @@ class DetectorFeatures(nn.Module):
         self.num_features = detector.config["features"]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.detector.features(images)
+        return functional.normalize(self.detector.features(images)) * self.num_features**0.5  # (B, F)
 
 
 def kid(

@@ -83,8 +83,8 @@ def trajectory_log_prob(
 ) -> Tensor:
     """Log-probability of each trajectory given its order, float32 (B,); differentiable.
 
-    The pace factor is computed anew as well, with its gradient through what the head reads. Raises ValueError for the confidence order, or when the
-    number of prompts and samples differ.
+    The pace factor is computed anew as well, with its gradient through what the head reads. Raises
+    ValueError for the confidence order, or when the number of prompts and samples differ.
     """
     require_exact(sampler)
     if len(prompts) != len(trajectory):

@@ -20,6 +20,7 @@ from speedrl_lab.networks import Detector, MaskedTransformer, SmallClip, Tokeniz
 
 EMA_DECAY = 0.999
 CAPTION_DROP = 0.1
+ROWS_MULTIPLE = 512
 
 
 def fastest_precision(device: torch.device) -> torch.dtype:
@@ -233,7 +234,10 @@ def train_generator(
         masked = (rank < num_masked[:, None]).to(device)  # (B, N)
         tokens = torch.where(masked, policy.mask_id, codes)
         rows = masked.flatten().nonzero().flatten()
-        logits = policy(tokens, words.to(device), rows)  # (R, V)
-        return functional.cross_entropy(logits, codes.flatten()[rows]), {}
+        # Few different shapes: CPU kernels are compiled anew for every one. Row 0 pads, and is ignored.
+        padding = -len(rows) % ROWS_MULTIPLE
+        target = functional.pad(codes.flatten()[rows], (0, padding), value=-100)
+        logits = policy(tokens, words.to(device), functional.pad(rows, (0, padding)))  # (R, V)
+        return functional.cross_entropy(logits, target, ignore_index=-100), {}
 
     return _fit(policy, loss, iterations, learning_rate, checkpoint, device)

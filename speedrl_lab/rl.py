@@ -158,7 +158,7 @@ class Learner:
         self.iteration = 0
         self.smoothed: float | None = None
         self.best_quality: float | None = None
-        self.best = self._weights()
+        self.best = self.played = self._weights()
         self.first_diversity: float | None = None
         self.collapsed = False
 
@@ -171,6 +171,7 @@ class Learner:
         Loss a sample = - mean over its N tokens of (clipped surrogate - kl_weight * KL), and minus the
         surrogate of its pace actions; averaged over the B samples.
         """
+        self.played = self._weights()  # what drew the rollout, and what its quality belongs to
         warm_up = min(1.0, (self.iteration + 1) / max(1, self.config.warmup_iterations))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * warm_up
@@ -228,20 +229,20 @@ class Learner:
         before = quality if self.smoothed is None else self.smoothed
         self.smoothed = SMOOTHING * before + (1 - SMOOTHING) * quality
         if self.best_quality is None or self.smoothed >= self.best_quality:
-            self.best_quality, self.best = self.smoothed, self._weights()
+            self.best_quality, self.best = self.smoothed, self.played
         fall = self.config.collapse_share * abs(self.best_quality)
         if self.smoothed < self.best_quality - fall:
             self.collapsed = True
             warnings.append(
                 f"collapse: smoothed quality {self.smoothed:.3f} fell more than "
-                f"{self.config.collapse_share:.0%} below its best {self.best_quality:.3f}; best weights restored"
+                f"{self.config.collapse_share:.0%} below its best {self.best_quality:.3f}; best weights are back"
             )
         if self.first_diversity is None:
             self.first_diversity = record["diversity"]
         if record["diversity"] < self.config.diversity_floor * self.first_diversity:
             warnings.append(
-                f"diversity {record['diversity']:.3f} is below {self.config.diversity_floor:.0%} of its start; "
-                "raise kl_weight or give 'novelty' a weight"
+                f"diversity {record['diversity']:.3f} is below {self.config.diversity_floor:.0%} of its "
+                "start; raise kl_weight or give 'novelty' a weight"
             )
         for name in record["silent_rewards"]:
             warnings.append(f"reward {name!r} does not vary inside any group, so its weight does nothing")
@@ -256,12 +257,14 @@ class Learner:
         """Everything a checkpoint needs; random numbers depend on the iteration alone."""
         names = ("iteration", "smoothed", "best_quality", "best", "first_diversity", "collapsed")
         kept = {name: getattr(self, name) for name in names}
-        return {**kept, "modules": self._weights(), "optimizer": self.optimizer.state_dict()}
+        modules = {**self._weights(), "reference": self.reference.policy.state_dict()}
+        return {**kept, "modules": modules, "optimizer": self.optimizer.state_dict()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint made by `state`."""
         for name, module in self.modules.items():
             module.load_state_dict(state["modules"][name])
+        self.reference.policy.load_state_dict(state["modules"]["reference"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("iteration", "smoothed", "best_quality", "best", "first_diversity", "collapsed"):
             setattr(self, name, state[name])

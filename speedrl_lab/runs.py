@@ -26,7 +26,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that readers see the old or the new one, never a part."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 class Run:
@@ -88,17 +88,19 @@ class Run:
         """Write checkpoint.pt: tensors and plain values only, no pickled code."""
         partial = self.path / "checkpoint.partial"
         torch.save({"version": CHECKPOINT_VERSION, **state}, partial)
-        os.replace(partial, self.path / "checkpoint.pt")
+        partial.replace(self.path / "checkpoint.pt")
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint or None; drops records written after it. ValueError for a broken file."""
         path = self.path / "checkpoint.pt"
         if not path.is_file():
+            self.metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
             return None
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"{path} is truncated or no checkpoint: {str(error).splitlines()[0]}") from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{path} is truncated or no checkpoint: {reason}") from None
         if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
             raise ValueError(f"{path} is not a version {CHECKPOINT_VERSION} checkpoint of this project")
         if self.metrics.is_file():

@@ -114,7 +114,8 @@ class _Unmasking:
     def _log_probs(self, positions: Tensor, step: int) -> Tensor:
         """Log-probabilities (A, M, V) at positions (A, M) of the rows alive."""
         num_tokens = self.tokens.shape[1]
-        rows = (torch.arange(len(positions), device=positions.device)[:, None] * num_tokens + positions).flatten()
+        starts = torch.arange(len(positions), device=positions.device)[:, None] * num_tokens
+        rows = (starts + positions).flatten()
         everyone = len(self.alive) == len(self.tokens)
         cond = self.cond if everyone else self.cond.index(self.alive)
         info = StepInfo(step, self.sampler.steps)

@@ -115,7 +115,7 @@ def encode_captions(captions: Sequence[str]) -> Tensor:
     rows = torch.zeros(len(captions), MAX_WORDS, dtype=torch.int64)
     for row, caption in enumerate(captions):
         scene = parse_caption(caption)
-        words = scene.caption.replace("an ", "a ").split()
+        words = ["a" if word == "an" else word for word in scene.caption.split()]
         if scene.kind == "two":
             words[1] = scene.objects[0] + "+"
         rows[row, : len(words)] = torch.tensor([_WORD_IDS[word] for word in words])
@@ -129,8 +129,8 @@ def _hash(text: str) -> int:
 def split_of(scene: Scene) -> str:
     """The split a caption belongs to, fixed by its words.
 
-    `composition` holds every caption with a held-out pair of objects (one in ten) or a held-out
-    object-colour pair (one in ten); the rest is 5% validation, 10% test, 85% train.
+    `composition` holds every caption with a held-out pair of objects (26 of 276) or a held-out
+    object-colour pair (10 of 192); the rest is 5% validation, 10% test, 85% train.
     """
     pairs = ["+".join(sorted(scene.objects))] if len(scene.objects) == 2 else []
     pairs += [f"{name}@{scene.background}" for name in scene.objects if scene.background]
@@ -304,7 +304,10 @@ def answers(layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def alter(scene: Scene, rng: torch.Generator) -> Scene:
-    """A caption that differs in one respect: an object, the background, the order, or the count."""
+    """A caption that differs in one respect: an object, the background, the order, or the count.
+
+    It may belong to any split: it serves as the wrong caption of a picture, never as one to draw.
+    """
     choice, other, color = torch.randint(1 << 30, (3,), generator=rng).tolist()
     rest = [name for name in OBJECTS if name not in scene.objects]
     replaced = rest[other % len(rest)]
@@ -328,3 +331,17 @@ def wanted_counts(captions: Sequence[str]) -> Tensor:
         for name, count in parse_caption(caption).counts.items():
             counts[row, OBJECTS.index(name)] = count
     return counts
+
+
+def draw_like(captions: Sequence[str], rng: torch.Generator) -> list[Scene]:
+    """For each caption a scene of the same kind with other objects and background, of any split.
+
+    Real pictures to compare a set of samples with: alike in kind, independent in content.
+    """
+    drawn = []
+    for caption in captions:
+        scene = parse_caption(caption)
+        names = torch.randperm(len(OBJECTS), generator=rng)[: len(scene.objects)].tolist()
+        color = list(COLORS)[int(torch.randint(len(COLORS), (1,), generator=rng))]
+        drawn.append(Scene(scene.kind, tuple(OBJECTS[i] for i in names), scene.background and color))
+    return drawn

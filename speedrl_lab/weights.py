@@ -1,7 +1,6 @@
 """Self-describing weights: one safetensors file that names its module, its settings and its origin."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -49,7 +48,7 @@ def save_weights(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:

@@ -1,0 +1,385 @@
+"""Figures: a Trajectory, pictures or a DataFrame in, a matplotlib or Plotly figure out.
+
+Nothing here trains or samples. Lines take the Okabe-Ito colours (safe for colour-blind eyes);
+backgrounds are transparent and the ink is a grey that is legible on white and on black.
+"""
+
+import base64
+import html
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from plotly.offline import get_plotlyjs
+from torch import Tensor
+
+from speedrl_lab.config import nearest
+from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.runs import write_atomic
+from speedrl_lab.trajectory import Trajectory
+
+States = Trajectory | Sequence[Mapping[str, Any]]
+"""A trajectory, or the list of what `on_step` of the sampler received."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
+INK = "#7d7d7d"
+AXES = {
+    "forwards": "forward passes per image",
+    "seconds_loop": "seconds per image, sampling loop",
+    "seconds_total": "seconds per image, with decoding",
+}
+METRICS = {
+    "accuracy": "exact object counts (share of images)",
+    "clip": "CLIP cosine of picture and caption",
+    "psnr": "PSNR to the nearest valid scene (dB)",
+    "diversity": "diversity within a prompt (feature distance)",
+    "kid": "KID, detector features (lower is better)",
+    "fd": "Frechet distance, detector features (lower is better)",
+}
+PANELS = {
+    "steps": "steps per image",
+    "kl": "KL (nats per token)",
+    "diversity": "diversity (RMS pixels)",
+}
+
+
+def tokens_by_step(states: States) -> Tensor:
+    """Tokens after each step, int64 (T, B, N), with masks where nothing is known yet."""
+    if isinstance(states, Trajectory):
+        steps = range(1, int(states.steps.max()) + 1)
+        return torch.stack([states.state(step) for step in steps])
+    if not states:
+        raise ValueError("no states given; expected one for each step (collect them with on_step)")
+    return torch.stack([state["tokens"] for state in states])
+
+
+def frames(states: States, generator: MaskedGenerator) -> Tensor:
+    """Previews of an unmasking, float32 (T + 1, B, 3, H, W) in [0, 1]: all masked, then after each step.
+
+    A known token shows its patch of the final picture, a masked one a grey chequer.
+    """
+    tokens, mask_id = tokens_by_step(states), generator.spec.mask_id
+    known = torch.cat([torch.zeros_like(tokens[:1], dtype=torch.bool), tokens != mask_id])  # (T + 1, B, N)
+    images = generator.decode(torch.where(tokens[-1] == mask_id, 0, tokens[-1])).cpu()  # (B, 3, H, W)
+    (rows, columns), (height, width) = generator.spec.grid, images.shape[-2:]
+    tall, wide = height // rows, width // columns
+    shown = known.cpu().unflatten(2, (rows, columns)).repeat_interleave(tall, 2).repeat_interleave(wide, 3)
+    down, across = torch.arange(height) // max(1, tall // 2), torch.arange(width) // max(1, wide // 2)
+    chequer = torch.where((down[:, None] + across) % 2 == 0, 0.58, 0.66)  # (H, W)
+    return torch.where(shown[:, :, None], images, chequer)
+
+
+def film_strip(states: States, generator: MaskedGenerator, prompts: Sequence[str], most: int = 9) -> Figure:
+    """The unmasking of B prompts, one row a prompt, at most `most` moments from all masked to done."""
+    film = frames(states, generator)
+    moments = np.unique(np.linspace(0, len(film) - 1, min(most, len(film))).round().astype(int))
+    pictures = film[torch.from_numpy(moments)].transpose(0, 1).flatten(0, 1)  # (B * moments, 3, H, W)
+    titles = ["start" if moment == 0 else f"step {moment}" for moment in moments]
+    return _pictures(pictures, len(moments), row_titles=list(prompts), column_titles=titles)
+
+
+def image_grid(
+    images: Tensor,
+    prompts: Sequence[str] | None = None,
+    scores: Sequence[float | str] | None = None,
+    columns: int = 8,
+    row_titles: Sequence[str] | None = None,
+    column_titles: Sequence[str] | None = None,
+) -> Figure:
+    """Images (B, 3, H, W) in [0, 1] in rows of `columns`, each with its prompt and score below it."""
+    for name, given in (("prompts", prompts), ("scores", scores)):
+        if given is not None and len(given) != len(images):
+            raise ValueError(f"got {len(given)} {name} for {len(images)} images; expected one an image")
+    captions = ["" for _ in images] if prompts is None else list(prompts)
+    if scores is not None:
+        texts = [score if isinstance(score, str) else f"{score:.3g}" for score in scores]
+        captions = [f"{caption} ({text})".strip() for caption, text in zip(captions, texts, strict=True)]
+    return _pictures(images, columns, captions, row_titles, column_titles)
+
+
+def _pictures(
+    images: Tensor,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    row_titles: Sequence[str] | None = None,
+    column_titles: Sequence[str] | None = None,
+) -> Figure:
+    """Pictures one inch wide on a sheet measured in inches."""
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    below = [_wrapped(text, 17) for text in captions or [""] * len(images)]
+    above = [_wrapped(text, 14) for text in column_titles or []]
+    lines = max(text.count("\n") + 1 if text else 0 for text in below)
+    left = 1.5 if row_titles else 0.05
+    top = 0.1 + max((0.16 * (text.count("\n") + 1) for text in above), default=0)
+    across, down = 1 + 1 / 12, 1 + 1 / 12 + lines / 8
+    width, height = left + columns * across, top + rows * down
+    figure = _figure(width, height)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    for index, image in enumerate(images.detach().float().cpu()):
+        x, y = left + index % columns * across, top + index // columns * down
+        pixels = image.permute(1, 2, 0).clamp(0, 1).numpy()
+        axes.imshow(pixels, extent=(x, x + 1, y + 1, y), interpolation="nearest")
+        axes.text(x + 0.5, y + 1.03, below[index], ha="center", va="top", fontsize=7.5, color=INK)
+    for row, title in enumerate(row_titles or []):
+        y = top + row * down + 0.5
+        axes.text(left - 0.1, y, _wrapped(title, 20), ha="right", va="center", fontsize=9, color=INK)
+    for column, title in enumerate(above):
+        x = left + column * across + 0.5
+        axes.text(x, top - 0.05, title, ha="center", va="bottom", fontsize=9, color=INK)
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    return figure
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A transparent figure in inches that pyplot has already forgotten, so that it is shown only once."""
+    figure = plt.figure(figsize=(width, height), dpi=96)
+    figure.patch.set_alpha(0)
+    plt.close(figure)
+    return figure
+
+
+def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes, each `width` x `height` inches, in the neutral ink."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    figure = _figure(columns * width, rows * height)
+    panels = [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
+    for axes in panels:
+        axes.patch.set_alpha(0)
+        axes.tick_params(colors=INK, labelsize=9)
+        axes.spines[:].set_color(INK)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _label(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel(x, fontsize=9, color=INK)
+    axes.set_ylabel(y, fontsize=9, color=INK)
+
+
+def reveal_map(
+    trajectory: Trajectory, grid: tuple[int, int], prompts: Sequence[str] | None = None, columns: int = 4
+) -> Figure:
+    """In which step, from 1, each position of the token grid (rows, columns) was revealed; B maps."""
+    steps = int(trajectory.steps.max())
+    figure, panels = _panels(len(trajectory), columns, 2.4, 2.6)
+    maps = trajectory.reveal_step.long().cpu().unflatten(1, grid).numpy() + 1  # (B, rows, columns)
+    colors = plt.get_cmap("cividis", steps)
+    for index, (axes, values) in enumerate(zip(panels, maps, strict=True)):
+        shown = axes.imshow(values, cmap=colors, vmin=0.5, vmax=steps + 0.5, interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        if values.size <= 64:
+            for row, column in np.ndindex(*values.shape):
+                step = int(values[row, column])
+                ink = "white" if step <= (steps + 1) / 2 else "black"
+                axes.text(column, row, step, ha="center", va="center", fontsize=7, color=ink)
+        _label(axes, _wrapped(prompts[index], 28) if prompts else "")
+    figure.tight_layout()
+    bar = figure.colorbar(shown, ax=panels, fraction=0.03, pad=0.02)
+    bar.locator = MaxNLocator(integer=True, nbins=8)
+    bar.update_ticks()
+    bar.ax.tick_params(colors=INK, labelsize=9)
+    bar.outline.set_visible(False)
+    bar.set_label("revealed in step", color=INK, fontsize=9)
+    return figure
+
+
+def tokens_per_step(trajectory: Trajectory) -> Figure:
+    """How many tokens each step reveals: bars are means over the samples still unmasking, dots samples."""
+    counts = torch.stack([trajectory.revealed(step).sum(1) for step in range(int(trajectory.steps.max()))])
+    counts = counts.cpu().double().numpy()  # (T, B)
+    steps = np.arange(1, len(counts) + 1)
+    active = counts > 0
+    means = counts.sum(1) / active.sum(1)
+    figure, (axes,) = _panels(1, 1, max(3.5, 0.45 * len(steps) + 1.5), 2.6)
+    bars = axes.bar(steps, means, color=COLORS[0], width=0.75)
+    axes.bar_label(bars, [f"{mean:.3g}" for mean in means], fontsize=8, color=INK, padding=2)
+    if (counts.max(1) != counts.min(1)).any():  # a pace that differs between samples
+        axes.plot(active.nonzero()[0] + 1, counts[active], "o", color=COLORS[1], markersize=3, alpha=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axes.set(xlim=(0.4, len(steps) + 0.6))
+    axes.margins(y=0.12)
+    _label(axes, f"{float(trajectory.steps.double().mean()):.3g} steps per image", "step", "tokens revealed")
+    figure.tight_layout()
+    return figure
+
+
+def curves(records: pd.DataFrame | Sequence[Mapping[str, Any]]) -> Figure:
+    """Training curves, one small panel a quantity: raw rewards by name, steps, KL, diversity.
+
+    `records` are those of `train`, or `run.records()`. Thin: each iteration; thick: running mean of 10.
+    """
+    table = records if isinstance(records, pd.DataFrame) else pd.json_normalize(list(records))
+    if len(table) == 0:
+        raise ValueError("no records given; expected at least one iteration")
+    rewards = {name: f"reward: {name[8:]}" for name in table.columns if name.startswith("rewards.")}
+    shown = {name: title for name, title in (rewards | PANELS).items() if name in table}
+    figure, panels = _panels(len(shown), 3, 3.3, 2.1)
+    for axes, (name, title) in zip(panels, shown.items(), strict=True):
+        smooth = table[name].rolling(10, min_periods=1).mean()
+        color = COLORS[2] if name in rewards else COLORS[0]
+        axes.plot(table["iteration"], table[name], color=color, alpha=0.35, linewidth=0.9)
+        axes.plot(table["iteration"], smooth, color=color, linewidth=2, marker="." if len(table) < 5 else "")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        _label(axes, f"{title}: {smooth.iloc[-1]:.3g}", "iteration")
+    figure.tight_layout()
+    return figure
+
+
+def frontier(frame: pd.DataFrame, x: str = "forwards", metric: str = "accuracy") -> go.Figure:
+    """One quality against cost, a line a model, with 95% intervals as bands; both from `frame`.
+
+    Takes the output of `lab.frontier` (columns `<metric>_low`, `<metric>_high`), or of `lab.evaluate`
+    (one row a seed: the mean, and a bootstrap over the seeds). `x`: forwards, seconds_loop, seconds_total.
+    """
+    for name, known in ((x, AXES), (metric, METRICS)):
+        if name not in known or name not in frame:
+            usable = [option for option in known if option in frame]
+            raise ValueError(f"no {name!r} to plot; nearest: {nearest(name, usable or list(known))!r}")
+    table = with_intervals(frame)
+    figure = go.Figure()
+    for index, (model, rows) in enumerate(table.groupby("model", sort=False)):
+        rows = rows.sort_values(x)
+        color = COLORS[index % len(COLORS)]
+        band = pd.concat([rows, rows[::-1]])
+        edge = np.concatenate([rows[f"{metric}_high"], rows[f"{metric}_low"][::-1]])
+        rgb = ", ".join(str(int(color[start : start + 2], 16)) for start in (1, 3, 5))
+        figure.add_scatter(
+            x=band[x], y=edge, fill="toself", fillcolor=f"rgba({rgb}, 0.18)", line_width=0, mode="lines",
+            hoverinfo="skip", showlegend=False, legendgroup=model,
+        )  # fmt: skip
+        above, below = rows[f"{metric}_high"] - rows[metric], rows[metric] - rows[f"{metric}_low"]
+        bar = {"array": above, "arrayminus": below, "visible": len(rows) == 1}  # one point has no band
+        figure.add_scatter(
+            x=rows[x], y=rows[metric], error_y=bar, name=model, legendgroup=model, mode="lines+markers",
+            line={"color": color, "width": 2.5}, marker={"size": 9, "symbol": SYMBOLS[index % len(SYMBOLS)]},
+            text=[_hover(row) for row in rows.to_dict("records")], hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
+    axis = {"gridcolor": "rgba(125, 125, 125, 0.25)", "linecolor": INK, "zeroline": False}
+    ticks = log_ticks(table[x].min(), table[x].max(), base=2 if x == "forwards" else 10)
+    figure.update_xaxes(type="log", title=AXES[x], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], **axis)
+    figure.update_yaxes(title=METRICS[metric], **axis)
+    return figure.update_layout(
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": INK, "size": 13},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, height=430,
+        margin={"l": 70, "r": 20, "t": 50, "b": 60}, hoverlabel={"align": "left"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": INK},
+    )  # fmt: skip
+
+
+def with_intervals(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a model and budget with `<metric>_low` and `<metric>_high`; unchanged if they are there."""
+    if any(f"{metric}_low" in frame for metric in METRICS):
+        return frame
+    rng = np.random.default_rng(0)  # intervals must not change from one drawing to the next
+    rows = []
+    for (model, budget), seeds in frame.groupby(["model", "budget"], sort=False):
+        row = {"model": model, "budget": budget}
+        row |= {name: seeds[name].mean() for name in ("steps", *AXES) if name in seeds}
+        for metric in [metric for metric in METRICS if metric in seeds]:
+            values = seeds[metric].to_numpy(dtype=float)
+            means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
+            row |= {metric: values.mean()}
+            row |= {f"{metric}_low": np.quantile(means, 0.025), f"{metric}_high": np.quantile(means, 0.975)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def log_ticks(low: float, high: float, base: int) -> list[float]:
+    """Round numbers that cover [low, high]: powers of 2, or 1, 2 and 5 times powers of 10."""
+    steps = (1,) if base == 2 else (1, 2, 5)
+    first, last = math.floor(math.log(low, base)), math.ceil(math.log(high, base))
+    ticks = [step * float(base) ** power for power in range(first, last + 1) for step in steps]
+    return [tick for tick in ticks if low / base <= tick <= high * base]
+
+
+def _hover(row: Mapping[str, Any]) -> str:
+    """All numbers of a point, one a line."""
+    lines = [f"<b>{row['model']}</b>, budget {row['budget']}"]
+    lines += [f"{name}: {row[name]:.4g}" for name in ("steps", *AXES) if name in row]
+    for name in METRICS:
+        if name in row:
+            lines.append(f"{name}: {row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]")
+    return "<br>".join(lines)
+
+
+def png(figure: Figure) -> bytes:
+    """A matplotlib figure as a PNG file with a transparent background."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight", transparent=True)
+    return buffer.getvalue()
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  background: light-dark(#fff, #16181b); color: light-dark(#1c1e21, #dfe2e6); }}
+h1, h2 {{ line-height: 1.25; }} h2 {{ margin-top: 2.5rem; }}
+img {{ max-width: 100%; }}
+.table {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }}
+th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid light-dark(#d8dbe0, #3a3f45); }}
+th, td {{ white-space: nowrap; }} th:first-child, td:first-child {{ text-align: left; }}
+</style>{script}</head><body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def write_page(
+    path: Path | str,
+    figures: Mapping[str, Figure | go.Figure],
+    tables: Mapping[str, pd.DataFrame] | None = None,
+    text: str = "",
+    title: str = "Quality against speed",
+) -> Path:
+    """Write one HTML page that needs nothing else, online or off; returns its path.
+
+    Paragraphs of `text` are separated by an empty line. Each figure and table gets its heading.
+    """
+    path = Path(path)
+    paragraphs = [part for part in text.split("\n\n") if part.strip()]
+    parts = [f"<p>{html.escape(' '.join(part.split()))}</p>" for part in paragraphs]
+    for name, figure in figures.items():
+        parts.append(f"<h2>{html.escape(name)}</h2>\n{_embedded(figure, name)}")
+    for name, table in (tables or {}).items():
+        rows = table.to_html(index=False, border=0, float_format="{:.3g}".format, na_rep="-")
+        parts.append(f'<h2>{html.escape(name)}</h2>\n<div class="table">{rows}</div>')
+    interactive = any(isinstance(figure, go.Figure) for figure in figures.values())
+    script = f"\n<script>{get_plotlyjs()}</script>" if interactive else ""
+    write_atomic(path, PAGE.format(title=html.escape(title), script=script, body="\n".join(parts)))
+    return path
+
+
+def _embedded(figure: Figure | go.Figure, name: str) -> str:
+    if isinstance(figure, go.Figure):
+        return figure.to_html(
+            full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}
+        )
+    data = base64.b64encode(png(figure)).decode()
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'

@@ -1,0 +1,174 @@
+"""What every generator adapter must hold; one set of tests over all of them."""
+
+import pytest
+import torch
+
+from speedrl_lab import scenes
+from speedrl_lab.generator import StepInfo
+from speedrl_lab.generators import FAMILIES, load_generator
+
+STEP = StepInfo(0, 4)
+PROMPTS = ["a dog", "two cats on a red background", "a star left of a pig"]
+
+
+@pytest.fixture(params=FAMILIES)
+def generator(request):
+    """A small random generator of each family."""
+    return request.getfixturevalue(request.param)
+
+
+def half_masked(generator, count: int = 3) -> torch.Tensor:
+    """States (B, N) in which every other position is known."""
+    spec = generator.spec
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(spec.codebook_size, (count, spec.num_tokens), generator=rng)
+    tokens[:, ::2] = spec.mask_id
+    return tokens
+
+
+def test_spec_fits_the_grid_and_the_picture(generator):
+    spec = generator.spec
+    assert spec.num_tokens == spec.grid[0] * spec.grid[1]
+    assert spec.mask_id >= spec.codebook_size
+    assert spec.conditioning in ("text", "class")
+    assert spec.time_input in ("none", "step_index", "mask_ratio")
+    codes = torch.zeros(2, spec.num_tokens, dtype=torch.int64)
+    assert generator.decode(codes).shape == (2, 3, *spec.image_size)
+
+
+def test_logits_are_float32_over_the_codes_without_the_mask(generator):
+    logits = generator.logits(half_masked(generator), generator.encode(PROMPTS), STEP)
+    assert logits.shape == (3, generator.spec.num_tokens, generator.spec.codebook_size)
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+    assert float(logits.detach().std()) > 0.1  # else the other tests would hold trivially
+
+
+def test_rows_are_a_slice_of_all_logits(generator):
+    tokens, cond = half_masked(generator), generator.encode(PROMPTS)
+    rows = torch.tensor([0, 7, generator.spec.num_tokens, 3 * generator.spec.num_tokens - 1, 7])
+    everything = generator.logits(tokens, cond, STEP).flatten(0, 1)
+    assert torch.allclose(generator.logits(tokens, cond, STEP, rows), everything[rows], atol=1e-4)
+
+
+def test_logits_draw_no_random_numbers(generator):
+    tokens, cond = half_masked(generator), generator.encode(PROMPTS)
+    before = torch.get_rng_state()
+    first, second = (generator.logits(tokens, cond, STEP) for _ in range(2))
+    assert torch.equal(first, second)
+    generator.decode(tokens.clamp(max=generator.spec.codebook_size - 1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_rows_of_a_batch_do_not_see_each_other(generator):
+    tokens, cond = half_masked(generator), generator.encode(PROMPTS)
+    together = generator.logits(tokens, cond, STEP)
+    order = torch.tensor([2, 0, 1])
+    permuted = generator.logits(tokens[order], cond.index(order), STEP)
+    assert torch.allclose(permuted, together[order], atol=1e-4)
+    alone = generator.logits(tokens[1:2], generator.encode(PROMPTS[1:2]), STEP)
+    assert torch.allclose(alone, together[1:2], atol=1e-4)
+
+
+def test_prompts_and_known_tokens_matter(generator):
+    tokens, cond = half_masked(generator), generator.encode(PROMPTS)
+    logits = generator.logits(tokens, cond, STEP)
+    other = generator.logits(tokens, generator.encode(PROMPTS[::-1]), STEP)
+    assert float((logits - other)[0].detach().abs().max()) > 1e-3
+    changed = tokens.clone()
+    changed[0, 1] = (changed[0, 1] + 1) % generator.spec.codebook_size
+    seen = generator.logits(changed, cond, STEP)
+    assert float((logits - seen)[0, 0].detach().abs().max()) > 1e-4
+    assert torch.allclose(seen[1:], logits[1:], atol=1e-4)
+
+
+def test_gradients_reach_the_policy_alone(generator):
+    logits = generator.logits(half_masked(generator), generator.encode(PROMPTS), STEP)
+    logits.square().mean().backward()
+    missing = [name for name, p in generator.policy.named_parameters() if p.grad is None]
+    assert not missing
+    assert all(p.grad is None for p in generator.pace.parameters())
+    others = {id(p) for p in generator.policy.parameters()} | {id(p) for p in generator.pace.parameters()}
+    frozen = [module for module in vars(generator).values() if isinstance(module, torch.nn.Module)]
+    rest = [p for module in frozen for p in module.parameters() if id(p) not in others]
+    assert rest and not any(p.requires_grad for p in rest)
+    assert not any(value.requires_grad for value in generator.encode(PROMPTS).tensors.values())
+
+
+def test_null_rows_are_alike_and_unlike_any_prompt(generator):
+    null, cond = generator.null(3), generator.encode(PROMPTS)
+    assert len(null) == 3 and null.tensors.keys() == cond.tensors.keys()
+    for name, value in null.tensors.items():
+        assert value.shape == cond.tensors[name].shape and value.dtype == cond.tensors[name].dtype
+        assert torch.equal(value[0], value[2])
+    tokens = half_masked(generator)[:1].repeat(3, 1)
+    unguided = generator.logits(tokens, null, STEP)
+    guided = generator.logits(tokens, cond, STEP)
+    assert float((unguided - guided).detach().abs().amax((1, 2)).min()) > 1e-3
+
+
+def test_saved_policies_load_again(generator, tmp_path):
+    with torch.no_grad():
+        generator.pace.layers[2].bias.copy_(torch.arange(6.0))
+    path = tmp_path / "policy.safetensors"
+    generator.save_policy(path, origin="a test")
+    assert [file.name for file in tmp_path.iterdir()] == ["policy.safetensors"]
+    loaded = load_generator(generator.spec.name, device="cpu", policy=path)
+    tokens, cond = half_masked(generator), generator.encode(PROMPTS)
+    before, after = generator.logits(tokens, cond, STEP), loaded.logits(tokens, loaded.encode(PROMPTS), STEP)
+    # Half-precision storage: relative rounding of 2**-11 a weight.
+    assert float((before - after).detach().abs().max()) < 0.01 * float(before.detach().abs().max())
+    assert torch.equal(loaded.pace.layers[2].bias, torch.arange(6.0))
+    assert loaded.spec == generator.spec
+
+
+def test_decoded_pictures_lie_in_the_unit_range(generator):
+    spec = generator.spec
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.randint(spec.codebook_size, (4, spec.num_tokens), generator=rng)
+    images = generator.decode(codes)
+    assert images.dtype == torch.float32 and not images.requires_grad
+    assert float(images.min()) >= 0 and float(images.max()) <= 1
+    assert float(images.std()) > 0.01
+
+
+@pytest.mark.parametrize("offset", [None, -1])
+def test_decode_refuses_what_is_no_code(generator, offset):
+    bad = generator.spec.mask_id if offset is None else offset
+    codes = torch.zeros(2, generator.spec.num_tokens, dtype=torch.int64)
+    codes[1, 3] = bad
+    with pytest.raises(ValueError, match=f"cannot decode token {bad}"):
+        generator.decode(codes)
+
+
+def test_tokenized_pictures_come_back(generator):
+    spec = generator.spec
+    images = scenes.draw_batch(8, "test", seed=0)[2]
+    codes = generator.tokenize(images)
+    assert codes.shape == (8, spec.num_tokens) and codes.dtype == torch.int64
+    assert int(codes.min()) >= 0 and int(codes.max()) < spec.codebook_size
+    error = (generator.decode(codes) - images).square().mean()
+    assert float(error) < 0.01 < float(images.var())
+
+
+def test_a_copy_is_independent(generator):
+    copy = generator.copy()
+    tokens, cond = half_masked(generator), generator.encode(PROMPTS)
+    before = generator.logits(tokens, cond, STEP).detach()
+    with torch.no_grad():
+        for parameter in [*copy.policy.parameters(), *copy.pace.parameters()]:
+            parameter.add_(1.0)
+    assert torch.equal(generator.logits(tokens, cond, STEP).detach(), before)
+    assert float(generator.pace.layers[2].bias.detach().abs().max()) == 0.0
+    assert not torch.allclose(copy.logits(tokens, cond, STEP).detach(), before)
+
+
+def test_unknown_names_and_devices_are_refused():
+    with pytest.raises(ValueError, match="unknown generator 'emojis'; known: emoji"):
+        load_generator("emojis")
+    with pytest.raises(ValueError, match="device='cuda:77' cannot be used"):
+        load_generator("emoji", device="cuda:77")
+
+
+def test_missing_policy_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights at .*nothing.safetensors"):
+        load_generator("emoji", device="cpu", policy=tmp_path / "nothing.safetensors")

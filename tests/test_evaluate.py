@@ -1,0 +1,198 @@
+"""Tables of costs and judges: their shape, their intervals, and what real scenes score."""
+
+import importlib
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_emoji
+
+from speedrl_lab import scenes
+from speedrl_lab.config import SamplerConfig
+
+evaluate = importlib.import_module("speedrl_lab.evaluate")  # the package's name `evaluate` is the function
+
+PROMPTS = [
+    "a dog", "two cats on a red background", "a star left of a pig", "a key above a cake",
+    "a boat and a ball", "two frogs",
+]  # fmt: skip
+PROMISED = [
+    "model", "budget", "seed", "steps", "forwards", "seconds_loop", "seconds_total", "accuracy", "clip",
+    "kid", "diversity",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def frame(tokenizer) -> pd.DataFrame:
+    """Two tiny random models, two budgets, two seeds, one row an image; the second is guided."""
+    models = {"base": tiny_emoji(tokenizer), "other": tiny_emoji(tokenizer, seed=1)}
+    samplers = {"other": SamplerConfig(guidance_scale=2.0)}
+    return evaluate.score_samples(models, PROMPTS, [1, 3], 2, samplers)
+
+
+def test_one_row_an_image(frame):
+    assert len(frame) == 2 * 2 * 2 * len(PROMPTS) * evaluate.SAMPLES_PER_PROMPT
+    sizes = frame.groupby(["model", "budget", "seed", "prompt", "sample"]).size()
+    assert (sizes == 1).all()
+    assert frame.kind[:2].tolist() == ["one", "one"] and set(frame.kind) == set(scenes.KINDS)
+    assert frame.notna().all().all()
+
+
+def test_the_table_has_one_row_a_model_budget_and_seed(frame):
+    table = evaluate.summarize(frame)
+    assert set(PROMISED) <= set(table.columns)
+    assert table.groupby(["model", "budget", "seed"]).size().tolist() == [1] * 8
+    part = frame[(frame.model == "base") & (frame.budget == 3) & (frame.seed == 1)]
+    row = table[(table.model == "base") & (table.budget == 3) & (table.seed == 1)].iloc[0]
+    for name in ("accuracy", "clip", "psnr", "diversity", "kid"):
+        assert row[name] == pytest.approx(part[name].mean())
+
+
+def test_costs_are_steps_passes_and_seconds(frame):
+    assert (frame.steps == frame.budget).all()
+    assert (frame.forwards == frame.steps * np.where(frame.model == "other", 2, 1)).all()
+    assert (frame.seconds_loop > 0).all() and (frame.seconds_total > frame.seconds_loop).all()
+
+
+def test_scores_do_not_depend_on_the_other_models(tokenizer, frame):
+    alone = evaluate.score_samples({"base": tiny_emoji(tokenizer)}, PROMPTS, [3], 1)
+    together = frame[(frame.model == "base") & (frame.budget == 3) & (frame.seed == 0)]
+    for name in ("accuracy", "clip", "psnr", "diversity"):
+        assert np.allclose(alone[name], together[name], atol=1e-4)
+
+
+def test_evaluate_is_score_samples_summarized(tokenizer):
+    table = evaluate.evaluate({"base": tiny_emoji(tokenizer)}, PROMPTS[:2], budgets=[1], seeds=1)
+    assert len(table) == 1 and set(PROMISED) <= set(table.columns)
+
+
+def test_intervals_contain_the_mean(frame):
+    table = evaluate.frontier(frame, draws=200)
+    assert len(table) == 4
+    for metric in (*evaluate.METRICS, *evaluate.SET_METRICS):
+        assert (table[f"{metric}_low"] <= table[metric] + 1e-9).all(), metric
+        assert (table[metric] <= table[f"{metric}_high"] + 1e-9).all(), metric
+    assert (table.psnr_low < table.psnr_high).all()
+    assert table.equals(evaluate.frontier(frame, draws=200))
+
+
+def synthetic(values: np.ndarray, model: str = "base", budget: int = 4, seeds: int = 2) -> pd.DataFrame:
+    """A frame in which every sample of a prompt has the value of the prompt."""
+    rows = [
+        {"model": model, "budget": budget, "seed": seed, "prompt": f"prompt {index}", "sample": sample}
+        | dict.fromkeys(evaluate.COSTS, float(budget))
+        | dict.fromkeys(evaluate.METRICS, value)
+        | dict.fromkeys(evaluate.SET_METRICS, 0.1 * seed)
+        for index, value in enumerate(values)
+        for seed in range(seeds)
+        for sample in range(4)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_the_bootstrap_draws_whole_prompts():
+    values = np.random.default_rng(0).random(100)
+    row = evaluate.frontier(synthetic(values), draws=4000).iloc[0]
+    width = row.accuracy_high - row.accuracy_low
+    # Eight equal samples of a prompt are one observation, not eight.
+    assert width == pytest.approx(2 * 1.96 * values.std() / math.sqrt(100), rel=0.1)
+    assert row.accuracy == pytest.approx(values.mean())
+    assert row.kid == pytest.approx(0.05)
+    assert row.kid_high - row.kid == pytest.approx(2 * np.std([0.0, 0.1], ddof=1) / math.sqrt(2))
+
+
+def test_paired_differences_are_narrower_than_unpaired_ones():
+    values = np.random.default_rng(1).random(80)
+    frame = pd.concat([synthetic(values), synthetic(values + 0.01, "tuned", 2)])
+    mean, low, high = evaluate.paired_difference(frame, ("tuned", 2), ("base", 4), "accuracy")
+    assert mean == pytest.approx(0.01) and low == pytest.approx(0.01) and high == pytest.approx(0.01)
+    noisy = pd.concat([synthetic(values), synthetic(np.roll(values, 1), "tuned", 2)])
+    mean, low, high = evaluate.paired_difference(noisy, ("tuned", 2), ("base", 4), "accuracy")
+    assert mean == pytest.approx(0, abs=1e-9) and low < -0.02 and high > 0.02
+    with pytest.raises(ValueError, match="share no prompts"):
+        evaluate.paired_difference(frame, ("tuned", 3), ("base", 4), "accuracy")
+
+
+def test_passes_at_quality_finds_the_cheapest_point_that_is_not_worse():
+    table = pd.DataFrame(
+        [
+            ("base", 2, 4.0, 0.4, 0.3), ("base", 8, 16.0, 0.7, 0.1), ("base", 16, 32.0, 0.9, 0.05),
+            ("tuned", 1, 1.0, 0.5, 0.2), ("tuned", 2, 2.0, 0.7, 0.2), ("tuned", 4, 4.0, 0.8, 0.08),
+        ],
+        columns=["model", "budget", "forwards", "accuracy", "kid"],
+    )  # fmt: skip
+    found = evaluate.passes_at_quality(table)
+    assert found.model.tolist() == ["tuned"] * 3
+    assert found.passes[:2].tolist() == [1.0, 2.0] and found.ratio[:2].tolist() == [4.0, 8.0]
+    assert math.isnan(found.passes[2]) and math.isnan(found.ratio[2])
+    by_kid = evaluate.passes_at_quality(table, "kid")  # less is better
+    assert by_kid.passes[:2].tolist() == [1.0, 4.0] and math.isnan(by_kid.passes[2])
+    with pytest.raises(ValueError, match="baseline 'bse' is not in the table; models: .*base"):
+        evaluate.passes_at_quality(table, baseline="bse")
+
+
+def test_real_scenes_satisfy_every_judge(tokenizer):
+    prompts = scenes.load_prompts("test", 32)
+    real = evaluate.judge_real(prompts)
+    again = evaluate.judge_real(prompts, reconstruct=tiny_emoji(tokenizer))
+    assert real.accuracy >= 0.97 and real.color >= 0.97 and real.psnr > 50
+    assert again.accuracy >= real.accuracy - 0.04
+    assert again.psnr > 30
+    assert again.diversity == pytest.approx(real.diversity, rel=0.1)
+
+
+def test_random_models_do_not_satisfy_the_judges(frame):
+    assert frame.accuracy.mean() < 0.2 and frame.psnr.mean() < 20
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"budgets": []}, "nothing to evaluate"),
+        ({"seeds": 0}, "nothing to evaluate"),
+        ({"prompts": ["a dog", "a dgo"]}, "unknown word 'dgo'"),
+        ({"samplers": {"base": {1: SamplerConfig()}}}, "no sampler given for 'base' at budget 2; given: .1."),
+        ({"budgets": [65]}, "steps=65: expected 1 to 64"),
+    ],
+)
+def test_wrong_input_is_refused(emoji, arguments, words):
+    arguments = {"prompts": PROMPTS[:2], "budgets": [1, 2], "seeds": 1, **arguments}
+    with pytest.raises(ValueError, match=words):
+        evaluate.score_samples({"base": emoji}, **arguments)
+
+
+def test_a_model_may_have_settings_for_each_budget(emoji):
+    chosen = {1: SamplerConfig(guidance_scale=2.0), 2: SamplerConfig(order="random")}
+    frame = evaluate.score_samples({"base": emoji}, PROMPTS[:2], [1, 2], 1, {"base": chosen})
+    assert frame.groupby("budget").forwards.mean().tolist() == [2.0, 2.0]
+
+
+def test_the_search_takes_the_best_sampler_of_each_budget(emoji, monkeypatch):
+    candidates = [SamplerConfig(guidance_scale=scale) for scale in (1.0, 2.0, 3.0)]
+    winners = {1: "2", 4: "0"}
+
+    def scored(models, prompts, budgets, seeds, samplers):
+        return pd.DataFrame(
+            {"model": name, "accuracy": 0.9 if name == winners[budgets[0]] else 0.1, "psnr": 20.0}
+            for name in models
+        )
+
+    monkeypatch.setattr(evaluate, "score_samples", scored)
+    best = evaluate.search_samplers(emoji, PROMPTS, [1, 4], candidates)
+    assert {budget: config.guidance_scale for budget, config in best.items()} == {1: 3.0, 4: 1.0}
+    assert {budget: config.steps for budget, config in best.items()} == {1: 1, 4: 4}
+
+
+def test_searched_samplers_round_trip(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "BASE_SAMPLERS", tmp_path / "samplers.json")
+    samplers = {2: SamplerConfig(steps=2, order="confidence"), 16: SamplerConfig(steps=16, temperature=0.9)}
+    evaluate.save_base_samplers(samplers)
+    assert evaluate.load_base_samplers() == samplers
+
+
+def test_the_global_generator_is_left_alone(emoji):
+    before = torch.get_rng_state()
+    evaluate.score_samples({"base": emoji}, PROMPTS[:2], [1], 1)
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,188 @@
+"""The log-probability of a trajectory: replayed, and exact against enumeration of every outcome."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from speedrl_lab.config import SamplerConfig
+from speedrl_lab.generator import StepInfo
+from speedrl_lab.likelihood import trajectory_log_prob
+from speedrl_lab.pace import pace_counts
+from speedrl_lab.sampler import sample
+from speedrl_lab.schedules import reveal_counts
+from speedrl_lab.trajectory import Trajectory
+
+PROMPTS = ["a dog", "two cats on a red background", "a dog", "a star left of a pig", "a dog"]
+SAMPLERS = [
+    SamplerConfig(steps=4, order="halton"),
+    SamplerConfig(steps=5, order="random", schedule="power"),
+    SamplerConfig(steps=3, guidance_scale=2.5),
+    SamplerConfig(steps=3, temperature=0.7),
+    SamplerConfig(steps=6, schedule="paced"),
+    SamplerConfig(steps=6, schedule="paced", order="random", guidance_scale=1.5, temperature=1.3),
+]
+GRIDS = torch.cartesian_prod(*[torch.arange(3)] * 4)  # every outcome of the toy, (81, 4)
+ORDER = torch.tensor([2, 0, 3, 1])
+
+
+def label(sampler: SamplerConfig) -> str:
+    return f"{sampler.order}-{sampler.schedule}-{sampler.guidance_scale}-{sampler.temperature}"
+
+
+def stored(trajectory: Trajectory) -> Tensor:
+    total = trajectory.log_prob.sum(1)
+    return total if trajectory.pace is None else total + trajectory.pace_log_prob.sum(1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=label)
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_replay_returns_what_the_sampler_stored(emoji, sampler, batch_size):
+    with torch.no_grad():
+        emoji.pace.layers[2].weight.normal_(generator=torch.Generator().manual_seed(0))
+        trajectory = sample(emoji, PROMPTS, sampler, seed=3)
+        replayed = trajectory_log_prob(emoji, PROMPTS, trajectory, sampler, batch_size)
+    assert replayed.shape == (5,) and replayed.dtype == torch.float32
+    assert torch.allclose(replayed, stored(trajectory), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("change", ["temperature", "guidance_scale", "prompts", "tokens", "reveal_step"])
+def test_replay_notices_what_differs(emoji, change):
+    sampler = SamplerConfig(steps=4)
+    trajectory, prompts, used = sample(emoji, PROMPTS, sampler), PROMPTS, sampler
+    if change == "temperature":
+        used = replace(sampler, temperature=0.9)
+    elif change == "guidance_scale":
+        used = replace(sampler, guidance_scale=1.2)
+    elif change == "prompts":
+        prompts = PROMPTS[::-1]
+    elif change == "tokens":
+        trajectory = replace(trajectory, tokens=(trajectory.tokens + 1) % 1000)
+    else:
+        trajectory = replace(trajectory, reveal_step=3 - trajectory.reveal_step)
+    with torch.no_grad():
+        replayed = trajectory_log_prob(emoji, prompts, trajectory, used)
+    assert float((replayed - stored(trajectory)).abs().max()) > 0.1
+
+
+def outcomes(steps: int, schedule: str) -> Trajectory:
+    """All 81 outcomes of the toy under one order and a fixed schedule."""
+    counts = reveal_counts(4, steps, schedule)
+    reveal_step = torch.empty(4, dtype=torch.int16)
+    reveal_step[ORDER] = torch.arange(steps).repeat_interleave(counts).to(torch.int16)
+    return Trajectory(
+        tokens=GRIDS, reveal_step=reveal_step.repeat(81, 1), steps=torch.full((81,), steps),
+        forwards=torch.full((81,), steps), log_prob=torch.zeros(81, 4), mask_id=4, order=ORDER.repeat(81, 1),
+    )  # fmt: skip
+
+
+def probability(generator, grid: Tensor, reveal_step: Tensor, sampler: SamplerConfig) -> Tensor:
+    """The probability of one outcome, position by position and step by step; differentiable."""
+    cond, total = generator.encode(["a dog"]), torch.ones(())
+    for step in range(int(reveal_step.max()) + 1):
+        state = torch.where(reveal_step < step, grid, 4)[None]
+        info = StepInfo(step, sampler.steps)
+        logits = generator.logits(state, cond, info)[0]
+        if sampler.guidance_scale != 1.0:
+            free = generator.logits(state, generator.null(1), info)[0]
+            logits = free + sampler.guidance_scale * (logits - free)
+        chances = (logits / sampler.temperature).softmax(-1)
+        for position in (reveal_step == step).nonzero().flatten().tolist():
+            total = total * chances[position, grid[position]]
+    return total
+
+
+TOY_SAMPLERS = [
+    SamplerConfig(steps=1),
+    SamplerConfig(steps=2, schedule="linear"),
+    SamplerConfig(steps=4),
+    SamplerConfig(steps=3, schedule="power", guidance_scale=2.0, temperature=0.8),
+]
+
+
+@pytest.mark.parametrize("sampler", TOY_SAMPLERS, ids=label)
+def test_probabilities_equal_enumeration_and_sum_to_one(toy, sampler):
+    generator, trajectory = toy(), outcomes(sampler.steps, sampler.schedule)
+    with torch.no_grad():
+        replayed = trajectory_log_prob(generator, ["a dog"] * 81, trajectory, sampler).exp()
+        exact = torch.stack(
+            [
+                probability(generator, grid, steps, sampler)
+                for grid, steps in zip(GRIDS, trajectory.reveal_step, strict=True)
+            ]
+        )
+    assert float(exact.std()) > 1e-3  # the outcomes are not alike
+    assert torch.allclose(replayed, exact, rtol=1e-4, atol=1e-7)
+    assert float(replayed.sum()) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("sampler", TOY_SAMPLERS, ids=label)
+def test_score_function_gradient_is_the_exact_gradient(toy, sampler):
+    generator, trajectory = toy(), outcomes(sampler.steps, sampler.schedule)
+    reward = torch.randn(81, generator=torch.Generator().manual_seed(5))
+    parameters = list(generator.policy.parameters())
+    expected_reward = sum(
+        reward[row] * probability(generator, GRIDS[row], trajectory.reveal_step[row], sampler)
+        for row in range(81)
+    )
+    exact = torch.autograd.grad(expected_reward, parameters)
+    log_prob = trajectory_log_prob(generator, ["a dog"] * 81, trajectory, sampler)
+    score = torch.autograd.grad((log_prob.detach().exp() * reward * log_prob).sum(), parameters)
+    assert max(float(part.abs().max()) for part in exact) > 1e-2
+    for left, right in zip(exact, score, strict=True):
+        assert torch.allclose(left, right, atol=1e-5)
+
+
+def paced_outcomes(steps: int) -> Trajectory:
+    """Every sequence of pace actions with every token grid, for the toy under one order."""
+    counts = pace_counts(4).tolist()
+    plans: list[tuple[list[int], list[int]]] = []  # actions taken, tokens known after each step
+    open_plans: list[tuple[list[int], list[int]]] = [([], [])]
+    while open_plans:
+        actions, known = open_plans.pop()
+        done = known[-1] if known else 0
+        if len(actions) == steps - 1:
+            plans.append((actions, [*known, 4]))
+            continue
+        for action, count in enumerate(counts):
+            after = min(4, done + count)
+            (plans if after == 4 else open_plans).append(([*actions, action], [*known, after]))
+    rows = list(itertools.product(plans, GRIDS))
+    reveal_step = torch.empty(len(rows), 4, dtype=torch.int16)
+    pace = torch.full((len(rows), steps), -1)
+    taken = torch.tensor([len(known) for (_, known), _ in rows])
+    for row, ((actions, known), _) in enumerate(rows):
+        pace[row, : len(actions)] = torch.tensor(actions, dtype=torch.int64)
+        for rank, position in enumerate(ORDER.tolist()):
+            reveal_step[row, position] = next(step for step, total in enumerate(known) if total > rank)
+    return Trajectory(
+        tokens=torch.stack([grid for _, grid in rows]), reveal_step=reveal_step, steps=taken, forwards=taken,
+        log_prob=torch.zeros(len(rows), 4), mask_id=4, order=ORDER.repeat(len(rows), 1), pace=pace,
+    )  # fmt: skip
+
+
+def test_paced_probabilities_sum_to_one_over_tokens_and_actions(toy):
+    generator, trajectory = toy(pace=True), paced_outcomes(3)
+    sampler = SamplerConfig(steps=3, schedule="paced")
+    log_prob = trajectory_log_prob(generator, ["a dog"] * len(trajectory), trajectory, sampler, 4096)
+    assert float(log_prob.detach().exp().sum()) == pytest.approx(1.0, abs=1e-4)
+    # The gradient of a constant is zero: each part of the derivative is there, through policy and head.
+    (log_prob.exp().sum()).backward()
+    parts = [*generator.policy.parameters(), *generator.pace.parameters()]
+    assert all(part.grad is not None for part in parts)
+    assert max(float(part.grad.abs().max()) for part in parts) < 1e-4
+
+
+def test_confidence_order_is_refused(emoji):
+    sampler = SamplerConfig(steps=2, order="confidence")
+    trajectory = sample(emoji, PROMPTS, sampler)
+    with pytest.raises(ValueError, match="order='confidence'.*use order='halton' or 'random'"):
+        trajectory_log_prob(emoji, PROMPTS, trajectory, sampler)
+
+
+def test_prompts_and_samples_must_match(emoji):
+    trajectory = sample(emoji, PROMPTS, SAMPLERS[0])
+    with pytest.raises(ValueError, match="2 prompts for 5 samples"):
+        trajectory_log_prob(emoji, PROMPTS[:2], trajectory, SAMPLERS[0])

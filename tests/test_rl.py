@@ -1,0 +1,299 @@
+"""The Speed-RL loop: it learns, it learns by the exact gradient, and it says what is wrong."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import randomize, share_of_twos, weights_of
+from test_likelihood import GRIDS, outcomes, probability
+
+from speedrl_lab import rl
+from speedrl_lab.advantage import Advantages
+from speedrl_lab.config import SamplerConfig, TrainConfig
+from speedrl_lab.generator import StepInfo
+from speedrl_lab.objective import forward_kl, reverse_kl
+from speedrl_lab.pace import PaceHead
+from speedrl_lab.rewards.speed import speed_reward
+from speedrl_lab.rl import Learner, Rollout, train
+
+PROMPTS = ["a dog", "two cats", "a frog left of a pig", "a star on a red background"]
+SAMPLER = SamplerConfig(steps=2, schedule="linear")
+PACED = SamplerConfig(steps=4, schedule="paced")
+TOY = TrainConfig(
+    sampler=SAMPLER, iterations=5, num_groups=3, group_size=8, learning_rate=0.02, warmup_iterations=0,
+    quality_weights={"twos": 1.0},
+)  # fmt: skip
+TWOS = {"twos": share_of_twos}
+
+
+def low_codes(images, prompts, trajectory):
+    """A reward for the embedded generator: the share of codes below 500."""
+    return (trajectory.tokens < 500).float().mean(1)
+
+
+def test_the_reward_rises_and_the_reference_stays(toy):
+    generator = toy()
+    before = weights_of(generator)
+    records = list(train(generator, PROMPTS, TWOS, replace(TOY, iterations=40, learning_rate=0.05)))
+    start = sum(record["reward"] for record in records[:5]) / 5
+    end = sum(record["reward"] for record in records[-5:]) / 5
+    assert start < 0.6 and end > start + 0.25
+    assert not torch.allclose(weights_of(generator), before)
+    assert records[0]["kl"] == pytest.approx(0, abs=1e-6) and records[-1]["kl"] > 0.05
+
+
+def test_the_embedded_network_learns_too(emoji):
+    config = replace(
+        TOY, iterations=16, num_groups=4, learning_rate=1e-2, quality_weights={"low": 1.0},
+        sampler=SamplerConfig(steps=3), kl_weight=0.0,
+    )  # fmt: skip
+    records = list(train(emoji, PROMPTS, {"low": low_codes}, config))
+    assert records[-1]["reward"] > records[0]["reward"] + 0.15
+    assert records[-1]["rewards"]["low"] == pytest.approx(records[-1]["quality"])
+
+
+def test_a_negative_weight_turns_the_climb_around(toy):
+    config = replace(TOY, iterations=25, learning_rate=0.05, quality_weights={"twos": -1.0})
+    records = list(train(toy(), PROMPTS, TWOS, config))
+    assert records[-1]["rewards"]["twos"] < records[0]["rewards"]["twos"] - 0.15
+
+
+def test_a_large_kl_weight_holds_the_policy(toy):
+    def moved(weight: float, estimator: str) -> float:
+        config = replace(TOY, iterations=25, kl_weight=weight, kl_estimator=estimator)
+        return list(train(toy(), PROMPTS, TWOS, config))[-1]["kl"]
+
+    for estimator in ("cross_entropy", "exact"):
+        assert moved(3.0, estimator) < 0.2 * moved(0.0, estimator)
+
+
+def all_outcomes(generator) -> Rollout:
+    """The toy's 81 outcomes as if they had been drawn, with their log-probabilities."""
+    trajectory = outcomes(2, "linear")
+    cond = generator.encode(["a dog"] * 81)
+    log_prob = torch.zeros(81, 4)
+    with torch.no_grad():
+        for step in range(2):
+            log_probs = generator.logits(trajectory.state(step), cond, StepInfo(step, 2)).log_softmax(-1)
+            chosen = log_probs.gather(-1, GRIDS[..., None]).squeeze(-1)
+            log_prob = torch.where(trajectory.revealed(step), chosen, log_prob)
+    return Rollout(["a dog"] * 81, replace(trajectory, log_prob=log_prob), torch.zeros(81, 3, 2, 2), {})
+
+
+def gradients(generator) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in generator.policy.parameters()])
+
+
+def given(advantage: torch.Tensor) -> Advantages:
+    return Advantages(advantage, torch.ones_like(advantage, dtype=torch.bool), advantage, {}, 0, ())
+
+
+@pytest.mark.parametrize("micro_batch_size", [7, 1000])
+def test_the_update_follows_the_exact_policy_gradient(toy, micro_batch_size):
+    """Every outcome, weighted by its probability, must give the derivative of the expected reward."""
+    generator = toy()
+    reward = torch.randn(81, generator=torch.Generator().manual_seed(5)) * 0.1
+    drawn = all_outcomes(generator)
+    expected_reward = sum(
+        reward[row] * probability(generator, GRIDS[row], drawn.trajectory.reveal_step[row], SAMPLER)
+        for row in range(81)
+    )
+    exact = torch.autograd.grad(expected_reward, list(generator.policy.parameters()))
+    exact = torch.cat([part.flatten() for part in exact])
+    weight = drawn.trajectory.log_prob.sum(1).exp() * 81 * 4  # undo the mean over samples and tokens
+    learner = Learner(generator, replace(TOY, kl_weight=0.0, micro_batch_size=micro_batch_size))
+    measured = learner.update(drawn, given(weight * reward))
+    assert 0.01 < measured["gradient_norm"] < 1  # so that nothing was clipped
+    assert torch.allclose(gradients(generator), -exact, atol=1e-5)
+    assert measured["ratio_deviation"] < 1e-4 and measured["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("estimator, divergence", [("cross_entropy", forward_kl), ("exact", reverse_kl)])
+def test_the_update_follows_the_kl_at_the_visited_states(toy, estimator, divergence):
+    generator, config = toy(), replace(TOY, kl_weight=0.5, kl_estimator=estimator, micro_batch_size=16)
+    learner = Learner(generator, config)
+    reference = toy()
+    drawn = all_outcomes(generator)
+    randomize(generator.policy, 9, std=0.7)  # away from the reference
+    cond, total = generator.encode(["a dog"] * 81), torch.zeros(())
+    for step in range(2):
+        state = drawn.trajectory.state(step)
+        info = StepInfo(step, 2)
+        policy, anchor = (g.logits(state, cond, info).log_softmax(-1) for g in (generator, reference))
+        total = total + divergence(policy, anchor.detach())[drawn.trajectory.revealed(step)].sum() / (81 * 4)
+    exact = torch.autograd.grad(0.5 * total, list(generator.policy.parameters()))
+    exact = torch.cat([part.flatten() for part in exact])
+    measured = learner.update(drawn, given(torch.zeros(81)))
+    assert measured["kl"] == pytest.approx(float(total.detach()), abs=1e-4) and measured["kl"] > 0.05
+    scale = min(1.0, 1.0 / measured["gradient_norm"])
+    assert torch.allclose(gradients(generator), exact * scale, atol=1e-5)
+
+
+def test_micro_batches_change_the_gradient_by_rounding_alone(emoji):
+    found = []
+    for size in (3, 1000):
+        generator = emoji.copy()
+        config = replace(
+            TOY, iterations=1, micro_batch_size=size, quality_weights={"low": 1.0}, learning_rate=1e-3
+        )
+        record = next(train(generator, PROMPTS, {"low": low_codes}, config))
+        found.append((gradients(generator), record["gradient_norm"]))
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-4 * float(found[1][0].abs().max()))
+
+
+def test_records_hold_every_number(toy):
+    names = {
+        "iteration", "reward", "quality", "rewards", "rewards_std", "effective_weights", "steps", "forwards",
+        "kl", "clip_fraction", "gradient_norm", "diversity", "dropped", "silent_groups", "silent_rewards",
+        "learning_rate", "entropy", "approx_kl", "ratio_deviation", "warnings", "seconds",
+    }  # fmt: skip
+    rewards = {**TWOS, "speed": speed_reward}
+    config = replace(TOY, iterations=3, warmup_iterations=4)
+    records = list(train(toy(), PROMPTS, rewards, config))
+    assert [record["iteration"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert set(record) == names
+        assert json.loads(json.dumps(record, allow_nan=False)) == record
+        assert set(record["rewards"]) == {"twos", "speed"}
+        assert record["steps"] == 2.0 and record["forwards"] == 3 * 8 * 2
+        assert record["ratio_deviation"] < 1e-4 and record["seconds"] > 0 and record["diversity"] > 0
+    assert [record["learning_rate"] for record in records] == pytest.approx([0.005, 0.01, 0.015])
+    paced = replace(TOY, iterations=1, sampler=PACED, speed_weight=0.5)
+    record = next(train(toy(), PROMPTS, rewards, paced))
+    assert set(record) == names | {"pace_entropy"}
+    assert record["reward"] == pytest.approx(record["quality"] + 0.5 * record["rewards"]["speed"])
+
+
+def test_rollouts_depend_on_seed_and_iteration_alone(toy):
+    generator = toy()
+    first, again, later, other = (
+        rl.rollout(generator, PROMPTS, TWOS, replace(TOY, seed=seed), iteration)
+        for seed, iteration in ((0, 0), (0, 0), (0, 1), (1, 0))
+    )
+    assert first.prompts == again.prompts and torch.equal(first.trajectory.tokens, again.trajectory.tokens)
+    assert first.prompts[:8] == [first.prompts[0]] * 8 and len(set(first.prompts)) == 3
+    for drawn in (later, other):
+        assert not torch.equal(first.trajectory.tokens, drawn.trajectory.tokens)
+
+
+def test_inner_epochs_make_the_clip_act(toy):
+    config = replace(TOY, iterations=6, inner_epochs=4, learning_rate=0.1, kl_weight=0.0)
+    records = list(train(toy(), PROMPTS, TWOS, config))
+    assert max(record["clip_fraction"] for record in records) > 0.01
+    assert max(record["ratio_deviation"] for record in records) > 0.2
+
+
+def test_dropped_samples_are_counted(toy):
+    config = replace(TOY, iterations=2, filter_quantile=0.5, low_quality="drop")
+    assert all(0 < record["dropped"] < 24 for record in train(toy(), PROMPTS, TWOS, config))
+
+
+def test_the_speed_reward_lowers_the_steps(toy):
+    config = replace(
+        TOY, iterations=25, sampler=PACED, speed_weight=1.0, pace_learning_rate=0.05, learning_rate=1e-3
+    )
+    generator = toy()
+    records = list(train(generator, PROMPTS, {**TWOS, "speed": speed_reward}, config))
+    assert isinstance(generator.pace, PaceHead)
+    assert records[0]["steps"] > 2.5 and records[-1]["steps"] < records[0]["steps"] - 0.8
+    still = list(train(toy(), PROMPTS, TWOS, replace(config, speed_weight=0.0)))
+    assert still[-1]["steps"] > records[-1]["steps"] + 0.4
+
+
+def test_the_speed_reward_lowers_the_steps_of_the_embedded_network(emoji):
+    config = replace(
+        TOY, iterations=10, num_groups=2, sampler=SamplerConfig(steps=8, schedule="paced"), speed_weight=1.0,
+        pace_learning_rate=0.05, learning_rate=1e-4, quality_weights={"low": 0.1},
+    )  # fmt: skip
+    records = list(train(emoji, PROMPTS, {"low": low_codes, "speed": speed_reward}, config))
+    assert records[-1]["steps"] < records[0]["steps"] - 1
+
+
+def falling(values: list[float]):
+    """A reward that says what is told, whatever the pictures; the last value stays."""
+    calls = iter(range(10_000))
+    return lambda images, prompts, trajectory: torch.full(
+        (len(prompts),), values[min(next(calls), len(values) - 1)]
+    ) + torch.linspace(0, 1e-3, len(prompts))
+
+
+def test_a_collapse_ends_the_run_with_the_best_weights(toy):
+    generator, seen = toy(), [weights_of(toy())]
+    config = replace(TOY, iterations=50, quality_weights={"told": 1.0})
+    records = []
+    for record in train(generator, PROMPTS, {"told": falling([1.0, 2.0, 3.0, 0.0])}, config):
+        records.append(record)
+        seen.append(weights_of(generator))
+    assert 4 <= len(records) < 12
+    said = ["collapse: smoothed quality" in " ".join(record["warnings"]) for record in records]
+    assert said == [False] * (len(records) - 1) + [True]
+    # The third rollout was the best, and the weights after two updates drew it.
+    assert torch.equal(weights_of(generator), seen[2])
+
+
+def test_noise_in_the_quality_is_no_collapse(toy):
+    told = falling([1.0, 0.9, 1.05, 0.92, 1.0, 0.9])
+    config = replace(TOY, iterations=8, quality_weights={"told": 1.0})
+    assert len(list(train(toy(), PROMPTS, {"told": told}, config))) == 8
+
+
+def test_low_diversity_and_silent_rewards_are_said(toy):
+    config = replace(TOY, iterations=1, diversity_floor=5.0, quality_weights={"twos": 1.0, "flat": 1.0})
+    rewards = {**TWOS, "flat": lambda images, prompts, trajectory: torch.ones(len(prompts))}
+    record = next(train(toy(), PROMPTS, rewards, config))
+    assert any("diversity" in words and "below 500% of its start" in words for words in record["warnings"])
+    assert any("reward 'flat' does not vary inside any group" in words for words in record["warnings"])
+    assert record["silent_rewards"] == ["flat"]
+
+
+def bad_reward(images, prompts, trajectory):
+    return torch.full((len(prompts),), torch.nan)
+
+
+@pytest.mark.parametrize(
+    "changes, rewards, prompts, words",
+    [
+        ({"quality_weights": {"clip": 1.0}}, TWOS, PROMPTS, "reward 'clip' has a weight but is not among"),
+        ({"speed_weight": 0.1, "sampler": PACED}, TWOS, PROMPTS, "reward 'speed' has a weight but is not"),
+        ({"speed_weight": 0.1}, {**TWOS, "speed": speed_reward}, PROMPTS, "speed_weight=0.1 cannot act with"),
+        ({"sampler": SamplerConfig(steps=5)}, TWOS, PROMPTS, "steps=5: expected 1 to 4; nearest: 4"),
+        ({}, TWOS, [], "no training prompts given"),
+        ({}, {"twos": bad_reward}, PROMPTS, "reward 'twos' gave shape .* with non-finite values"),
+        ({}, {"twos": lambda *_: torch.ones(3)}, PROMPTS, r"reward 'twos' gave shape \(3,\); expected 24"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_changes(toy, tmp_path, changes, rewards, prompts, words):
+    generator = toy()
+    before = weights_of(generator)
+    with pytest.raises(ValueError, match=words) as error:
+        next(train(generator, prompts, rewards, replace(TOY, **changes)))
+    assert "\n" not in str(error.value)
+    assert torch.equal(weights_of(generator), before) and generator.pace is None
+
+
+def test_unreadable_prompts_are_refused_before_anything_changes(emoji):
+    with pytest.raises(ValueError, match="unknown word 'dgo'"):
+        next(train(emoji, [*PROMPTS, "a dgo"], TWOS, TOY))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"group_size": 1}, "group_size=1: expected at least 2"),
+        ({"sampler": SamplerConfig(guidance_scale=2.0)}, "guidance_scale=2.0: train without guidance"),
+        ({"sampler": SamplerConfig(order="confidence")}, "order='confidence' has no model-independent"),
+    ],
+)
+def test_settings_that_cannot_be_trained_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        replace(TOY, **changes)
+
+
+def test_the_global_generator_is_left_alone(toy):
+    generator = toy()
+    generator.pace = PaceHead().reset(0)
+    before = torch.get_rng_state()
+    list(train(generator, PROMPTS, TWOS, replace(TOY, iterations=2, sampler=PACED)))
+    assert torch.equal(before, torch.get_rng_state())
