@@ -36,14 +36,15 @@ def group_centered(values: Tensor, group_size: int) -> Tensor:
     return (groups - groups.mean(1, keepdim=True)).flatten()
 
 
-def z_score(values: Tensor, group_size: int) -> Tensor:
+def z_score(values: Tensor, group_size: int, least_std: float = 0.0) -> Tensor:
     """Centre in the group, divide by the within-group standard deviation pooled over the batch.
 
-    Pooling keeps groups in which all samples are nearly alike from being blown up to full size.
+    Pooling keeps groups in which all samples are nearly alike from being blown up to full size; so does
+    `least_std` for a reward whose natural unit is known: a smaller spread is divided by it.
     """
     centered = group_centered(values, group_size)
     std = centered.square().mean().sqrt()
-    return centered / std if std > MIN_STD else torch.zeros_like(centered)
+    return centered / std.clamp(min=least_std) if std > MIN_STD else torch.zeros_like(centered)
 
 
 def combine(
@@ -54,18 +55,21 @@ def combine(
     std: str = "global",
     filter_quantile: float = 0.0,
     low_quality: str = "off",
+    step_reward: float = 0.0,
 ) -> Advantages:
     """Turn raw rewards (each (B,)) into advantages (Speed-RL, arXiv 2512.01094; the formula is ours).
 
     Each reward is z-scored in its group, weighted and summed; the sum is divided by its global or group
     standard deviation, or by nothing. Samples whose quality lies below `filter_quantile` of their group
     cannot be rewarded (`clip`: advantage at most 0, however fast they are), or leave the update (`drop`).
+    `step_reward` is what one step is worth in the raw speed reward: once nearly all samples take equally
+    many steps, a step costs `speed_weight` and not ever more.
     """
     scores = {name: z_score(rewards[name], group_size) for name in quality_weights}
     quality = torch.stack([weight * scores[name] for name, weight in quality_weights.items()]).sum(0)
     total = quality
     if speed_weight:
-        scores["speed"] = z_score(rewards["speed"], group_size)
+        scores["speed"] = z_score(rewards["speed"], group_size, step_reward)
         total = quality + speed_weight * scores["speed"]
     total = group_centered(total, group_size)
     groups = total.unflatten(0, (-1, group_size))  # (P, G)

@@ -10,8 +10,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """The choices, as shares of all N tokens; a choice above what is left reveals all that is left."""
+EXPLORATION = 0.05
+"""Share of uniform choices mixed in: without it the head soon takes one count always, and then a speed
+reward has nothing to act on."""
 FEATURES = 2 * len(SHARES) + 2
 
 
@@ -23,7 +26,7 @@ def pace_counts(num_tokens: int) -> Tensor:
 def pace_features(entropies: Tensor, remaining: Tensor) -> Tensor:
     """Features (B, FEATURES) of ordered entropies (B, N) in nats; the first `remaining` (B,) count.
 
-    Mean and maximum entropy of the next 1/32 ... 1 of the tokens (in units of 4 bits), the share
+    Mean and maximum entropy of the next 1/64 ... 1 of the tokens (in units of 4 bits), the share
     revealed and the log of the share that is left.
     """
     num_tokens = entropies.shape[1]
@@ -48,7 +51,8 @@ class PaceHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Log-probabilities (..., K) from pace features (..., FEATURES)."""
-        return self.layers(features).log_softmax(-1)
+        learned = self.layers(features).softmax(-1)
+        return ((1 - EXPLORATION) * learned + EXPLORATION / len(SHARES)).log()
 
     @torch.no_grad()
     def reset(self, seed: int) -> "PaceHead":

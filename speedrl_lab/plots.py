@@ -287,6 +287,28 @@ def frontier(frame: pd.DataFrame, x: str = "forwards", metric: str = "accuracy")
     )  # fmt: skip
 
 
+def frontier_print(
+    frame: pd.DataFrame, metrics: Sequence[str] = ("accuracy", "psnr", "diversity"), x: str = "forwards"
+) -> Figure:
+    """Several qualities against cost side by side, for print; takes what `frontier` takes."""
+    table = with_intervals(frame)
+    figure, panels = _panels(len(metrics), len(metrics), 3.6, 3.0)
+    ticks = log_ticks(table[x].min(), table[x].max(), base=2 if x == "forwards" else 10)
+    for axes, metric in zip(panels, metrics, strict=True):
+        for index, (model, rows) in enumerate(table.groupby("model", sort=False)):
+            rows, color = rows.sort_values(x), COLORS[index % len(COLORS)]
+            low, high = rows[f"{metric}_low"], rows[f"{metric}_high"]
+            axes.fill_between(rows[x], low, high, color=color, alpha=0.18, linewidth=0)
+            axes.plot(rows[x], rows[metric], color=color, marker="osD^X*"[index % 6], label=model)
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+        _label(axes, METRICS[metric].split(" (")[0], AXES[x])
+    panels[0].legend(frameon=False, fontsize=8, labelcolor=INK)
+    figure.tight_layout()
+    return figure
+
+
 def with_intervals(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a model and budget with `<metric>_low` and `<metric>_high`; unchanged if they are there."""
     if any(f"{metric}_low" in frame for metric in METRICS):

@@ -5,7 +5,6 @@ depend on the iteration alone, keeps an atomic checkpoint, and goes on from it w
 What it leaves out on purpose: schedules other than linear warm-up and decay, several GPUs.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -94,12 +93,12 @@ def _fit(
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = checkpoint.with_suffix(".partial")
         torch.save(state, partial)
-        os.replace(partial, checkpoint)
+        partial.replace(checkpoint)
 
     dtype = fastest_precision(device)
     network.train()
     began = time.perf_counter()
-    iteration = start
+    done = start
     try:
         for iteration in range(start, iterations):
             warm_up = min(1.0, (iteration + 1) / 100)
@@ -118,17 +117,18 @@ def _fit(
             with torch.no_grad():
                 for mean, new in zip(average.parameters(), network.parameters(), strict=True):
                     mean.lerp_(new, 1 - keep)
-            if (iteration + 1) % save_every == 0:
-                save(iteration + 1)
+            done = iteration + 1
+            if done % save_every == 0:
+                save(done)
             yield {
-                "iteration": iteration + 1,
+                "iteration": done,
                 "loss": float(value.detach()),
                 "seconds": time.perf_counter() - began,
                 **extra,
             }
         save(iterations)
-    except KeyboardInterrupt:
-        save(iteration)
+    except (KeyboardInterrupt, GeneratorExit):  # stopped by a person, or by leaving the loop
+        save(done)
         raise
     network.load_state_dict(average.state_dict())
     network.eval()

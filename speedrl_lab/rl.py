@@ -27,8 +27,10 @@ from speedrl_lab.runs import Run
 from speedrl_lab.sampler import sample
 from speedrl_lab.trajectory import Trajectory
 
+STATE = ("iteration", "smoothed", "best_progress", "scale", "best", "first_diversity", "collapsed")
+"""What a learner remembers beside weights and optimizer."""
 SMOOTHING = 0.9
-"""Of the quality that the collapse guard watches."""
+"""Of the progress that the collapse guard watches."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def train(
     """Tune `generator` in place and yield one record an iteration.
 
     Stop by leaving the loop; with a `run`, call again to go on from its checkpoint, bit for bit on a
-    CPU. When the smoothed quality collapses, the best weights are restored and the loop ends.
+    CPU. When the smoothed progress collapses, the best weights are restored and the loop ends.
     Raises ValueError before any work for rewards that are missing or cannot act.
     """
     check(generator, prompts, rewards, config)
@@ -73,6 +75,7 @@ def train(
             config.advantage_std,
             config.filter_quantile,
             config.low_quality,
+            step_reward=1 / generator.spec.num_tokens,
         )
         measured = learner.update(drawn, advantages)
         record = describe(learner, drawn, advantages, measured)
@@ -157,7 +160,8 @@ class Learner:
         self.rates = [group["lr"] for group in groups]
         self.iteration = 0
         self.smoothed: float | None = None
-        self.best_quality: float | None = None
+        self.best_progress: float | None = None
+        self.scale: dict[str, tuple[float, float]] | None = None
         self.best = self.played = self._weights()
         self.first_diversity: float | None = None
         self.collapsed = False
@@ -225,17 +229,16 @@ class Learner:
 
     def guard(self, record: Mapping[str, Any]) -> list[str]:
         """Watch quality and diversity; remember the best weights; say in words what is wrong."""
-        quality, warnings = record["quality"], []
-        before = quality if self.smoothed is None else self.smoothed
-        self.smoothed = SMOOTHING * before + (1 - SMOOTHING) * quality
-        if self.best_quality is None or self.smoothed >= self.best_quality:
-            self.best_quality, self.best = self.smoothed, self.played
-        fall = self.config.collapse_share * abs(self.best_quality)
-        if self.smoothed < self.best_quality - fall:
+        progress, warnings = self.progress(record), []
+        before = progress if self.smoothed is None else self.smoothed
+        self.smoothed = SMOOTHING * before + (1 - SMOOTHING) * progress
+        if self.best_progress is None or self.smoothed >= self.best_progress:
+            self.best_progress, self.best = self.smoothed, self.played
+        if self.smoothed < self.best_progress - self.config.collapse_drop:
             self.collapsed = True
             warnings.append(
-                f"collapse: smoothed quality {self.smoothed:.3f} fell more than "
-                f"{self.config.collapse_share:.0%} below its best {self.best_quality:.3f}; best weights are back"
+                f"collapse: smoothed progress {self.smoothed:.2f} fell more than {self.config.collapse_drop:g} "
+                f"below its best {self.best_progress:.2f}; best weights restored"
             )
         if self.first_diversity is None:
             self.first_diversity = record["diversity"]
@@ -248,6 +251,19 @@ class Learner:
             warnings.append(f"reward {name!r} does not vary inside any group, so its weight does nothing")
         return warnings
 
+    def progress(self, record: Mapping[str, Any]) -> float:
+        """Weighted rise of the quality rewards, each in its within-group deviations of iteration 1."""
+        weights = self.config.quality_weights
+        if self.scale is None:
+            self.scale = {
+                name: (record["rewards"][name], max(record["rewards_std"][name], 1e-3)) for name in weights
+            }
+        rises = [
+            weight * (record["rewards"][name] - self.scale[name][0]) / self.scale[name][1]
+            for name, weight in weights.items()
+        ]
+        return sum(rises) / sum(map(abs, weights.values()))
+
     def restore_best(self) -> None:
         """Put the weights of the best smoothed quality back."""
         for name, module in self.modules.items():
@@ -255,8 +271,7 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint needs; random numbers depend on the iteration alone."""
-        names = ("iteration", "smoothed", "best_quality", "best", "first_diversity", "collapsed")
-        kept = {name: getattr(self, name) for name in names}
+        kept = {name: getattr(self, name) for name in STATE}
         modules = {**self._weights(), "reference": self.reference.policy.state_dict()}
         return {**kept, "modules": modules, "optimizer": self.optimizer.state_dict()}
 
@@ -266,7 +281,7 @@ class Learner:
             module.load_state_dict(state["modules"][name])
         self.reference.policy.load_state_dict(state["modules"]["reference"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("iteration", "smoothed", "best_quality", "best", "first_diversity", "collapsed"):
+        for name in STATE:
             setattr(self, name, state[name])
 
 

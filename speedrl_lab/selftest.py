@@ -66,6 +66,6 @@ def selftest(
     table = pd.DataFrame(rows, columns=["name", "value", "passed"])
     failed = table[~table.passed]
     if len(failed):
-        reasons = "; ".join(f"{name} = {value:.3g}" for name, value in zip(failed.name, failed.value, strict=True))
-        raise RuntimeError(f"self-test failed: {reasons}")
+        reasons = [f"{name} = {value:.3g}" for name, value in zip(failed.name, failed.value, strict=True)]
+        raise RuntimeError(f"self-test failed: {'; '.join(reasons)}")
     return table

@@ -27,6 +27,17 @@ def test_nearly_equal_samples_are_not_blown_up():
     assert float(scores[2:].abs().max()) < 0.01 < float(scores[:2].abs().min())
 
 
+def test_a_small_spread_is_divided_by_the_natural_unit():
+    values = torch.tensor([1.0, 3.0, 10.0, 10.0])  # pooled std 0.707
+    assert near(z_score(values, 2, least_std=2.0), [-0.5, 0.5, 0, 0])
+    assert torch.equal(z_score(values, 2, least_std=0.5), z_score(values, 2))
+    rewards = {"clip": torch.zeros(8), "speed": -torch.tensor([2.0, 2, 2, 2, 2, 2, 2, 3]) / 64}
+    result = combine(rewards, {"clip": 1.0}, 0.5, 8, "none", step_reward=1 / 64)
+    # One step more than the others costs speed_weight, however rare it is.
+    assert float(result.advantage[:7].mean() - result.advantage[7]) == pytest.approx(0.5, abs=1e-5)
+    assert float(combine(rewards, {"clip": 1.0}, 0.5, 8, "none").advantage[7]) < -1
+
+
 def test_constant_rewards_score_zero():
     assert z_score(torch.full((6,), 0.7), 3).tolist() == [0.0] * 6
 

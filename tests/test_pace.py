@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from speedrl_lab.pace import FEATURES, SHARES, PaceHead, pace_counts, pace_features
+from speedrl_lab.pace import EXPLORATION, FEATURES, SHARES, PaceHead, pace_counts, pace_features
 
 
 def test_choices_are_shares_of_the_tokens_and_at_least_one():
@@ -43,6 +43,15 @@ def test_a_fresh_head_is_indifferent_and_follows_its_seed():
     assert torch.allclose(head(features).exp(), torch.full((7, len(SHARES)), 1 / len(SHARES)))
     first, again, other = (PaceHead().reset(seed).layers[0].weight for seed in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_no_choice_is_ever_forgotten():
+    head = PaceHead().reset(0)
+    with torch.no_grad():
+        head.layers[2].bias.copy_(torch.tensor([0.0, 0, 0, 0, 0, 500]))
+        chances = head(torch.randn(5, FEATURES, generator=torch.Generator().manual_seed(3))).exp()
+    assert torch.allclose(chances.sum(1), torch.ones(5))
+    assert torch.allclose(chances[:, :5], torch.full((5, 5), EXPLORATION / len(SHARES)))
 
 
 def test_reset_leaves_the_global_generator_alone():

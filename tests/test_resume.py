@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     config = replace(PACED, save_every=1)
     folder = Path(__file__).parent
     script = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(folder.parent)!r}]\n" + KILLED
-    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "parts")], timeout=120)
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "parts")], timeout=300)
     assert ended.returncode == -signal.SIGKILL
     assert [record["iteration"] for record in logged(tmp_path / "parts")] == [1, 2, 3]
     assert not (tmp_path / "parts" / "policy.safetensors").exists()

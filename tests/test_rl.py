@@ -176,6 +176,9 @@ def test_rollouts_depend_on_seed_and_iteration_alone(toy):
     assert first.prompts[:8] == [first.prompts[0]] * 8 and len(set(first.prompts)) == 3
     for drawn in (later, other):
         assert not torch.equal(first.trajectory.tokens, drawn.trajectory.tokens)
+    # The same prompt in two iterations: it is the noise that differs.
+    once, twice = (rl.rollout(generator, PROMPTS[:1], TWOS, TOY, iteration) for iteration in (0, 1))
+    assert not torch.equal(once.trajectory.tokens, twice.trajectory.tokens)
 
 
 def test_inner_epochs_make_the_clip_act(toy):

@@ -119,7 +119,7 @@ def test_paced_samples_choose_their_steps(emoji):
 def test_the_last_paced_step_reveals_all(emoji):
     with torch.no_grad():
         emoji.pace.layers[2].bias.copy_(torch.tensor([50.0, 0, 0, 0, 0, 0]))  # always the fewest
-    trajectory = sample(emoji, PROMPTS, SamplerConfig(steps=4, schedule="paced"))
+    trajectory = sample(emoji, PROMPTS, SamplerConfig(steps=4, schedule="paced", greedy_pace=True))
     assert trajectory.steps.tolist() == [4] * 6
     assert [int(trajectory.revealed(step)[0].sum()) for step in range(4)] == [2, 2, 2, 58]
 

@@ -100,7 +100,8 @@ def test_a_constant_reward_is_caught(toy):
     assert "some group has a signal" in failure(toy(), rewards=flat)
 
 
-def test_a_pace_that_never_varies_is_caught(toy):
+def test_a_pace_that_never_varies_is_caught(toy, monkeypatch):
+    monkeypatch.setattr("speedrl_lab.pace.EXPLORATION", 0.0)
     generator = toy(pace=True)
     with torch.no_grad():
         generator.pace.layers[2].weight.zero_()

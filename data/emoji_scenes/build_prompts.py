@@ -20,7 +20,7 @@ def main() -> None:
         chosen: dict[str, None] = {}
         quota = -(-size // len(scenes.KINDS))
         counts = dict.fromkeys(scenes.KINDS, 0)
-        pools = {kind: 0 for kind in scenes.KINDS}
+        pools = dict.fromkeys(scenes.KINDS, 0)
         for scene in scenes.all_scenes():
             pools[scene.kind] += scenes.split_of(scene) == split
         short = sum(max(0, quota - pool) for pool in pools.values())
