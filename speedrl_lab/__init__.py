@@ -16,6 +16,7 @@ from speedrl_lab.evaluate import (
     load_base_samplers,
     passes_at_quality,
     score_samples,
+    search_samplers,
     summarize,
 )
 from speedrl_lab.generators import load_generator
@@ -47,6 +48,7 @@ __all__ = [
     "sample",
     "schedules",
     "score_samples",
+    "search_samplers",
     "selftest",
     "summarize",
     "train",

@@ -75,7 +75,7 @@ class SamplerConfig(_Checked):
 class TrainConfig(_Checked):
     """The Speed-RL loop (GRPO)."""
 
-    sampler: SamplerConfig = SamplerConfig(steps=3, order="halton", schedule="paced")
+    sampler: SamplerConfig = SamplerConfig(steps=4, order="halton", schedule="power")
     """Rollouts are drawn with exactly this sampler, and scored with exactly this distribution."""
     iterations: int = 100
     """Rollout-and-update rounds."""
@@ -88,22 +88,22 @@ class TrainConfig(_Checked):
     pace_learning_rate: float = 3e-3
     """Of the pace head (Adam)."""
     warmup_iterations: int = 10
-    """Learning rates rise linearly over these."""
+    """Learning rates rise linearly over these; they never exceed a line that falls to 0 at the end."""
     inner_epochs: int = 1
     """Passes over each rollout; above 1 the PPO clip acts."""
     clip_range: float = 0.2
     """Epsilon of the PPO clip on the per-token probability ratio."""
     micro_batch_size: int = 32
     """Rows scored at once in the update; changes memory, not the gradient."""
-    kl_weight: float = 0.01
+    kl_weight: float = 0.02
     """Beta of the penalty that holds the policy near the reference."""
     kl_estimator: Literal["cross_entropy", "exact"] = "cross_entropy"
     """Forward KL(reference, policy), or reverse KL(policy, reference), full vocabulary, at visited states."""
     advantage_std: Literal["global", "group", "none"] = "global"
     """What the summed advantage is divided by."""
-    quality_weights: Mapping[str, float] = field(default_factory=lambda: {"clip": 1.0, "coherence": 1.0, "novelty": 0.1})
+    quality_weights: Mapping[str, float] = field(default_factory=lambda: {"clip": 1.0})
     """Weight of each quality reward after its z-score inside the group."""
-    speed_weight: float = 0.5
+    speed_weight: float = 0.0
     """Weight of the speed reward after its z-score; acts only if steps vary (paced)."""
     filter_quantile: float = 0.0
     """Samples below this quantile of their group's quality are low-quality; 0 turns the filter off."""
@@ -175,11 +175,11 @@ class PretrainConfig(_Checked):
 
     tokenizer_iterations: int = 3000
     """Of 64 images each."""
-    clip_iterations: int = 2500
+    clip_iterations: int = 1500
     """Of 128 images each."""
-    detector_iterations: int = 3000
+    detector_iterations: int = 2000
     """Of 128 images each."""
-    generator_iterations: int = 6000
+    generator_iterations: int = 3400
     """Of `pretrain_batch_size` images each."""
     pretrain_batch_size: int = 128
     """Images an iteration of the generator."""
@@ -234,9 +234,7 @@ class RunConfig(_Checked):
         train = config.train
         changes = {
             owner: {
-                name: _typed(name, value, owners[name][1])
-                for name, value in knobs.items()
-                if owners[name][0] is owner
+                name: _typed(name, value, owners[name][1]) for name, value in knobs.items() if owners[name][0] is owner
             }
             for owner in (SamplerConfig, TrainConfig, EvalConfig, PretrainConfig, RunConfig)
         }
@@ -297,12 +295,18 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 
 def _presets() -> dict[str, RunConfig]:
-    emoji = RunConfig()
+    emoji = RunConfig(
+        train=TrainConfig(
+            sampler=SamplerConfig(steps=4, order="halton", schedule="paced"),
+            quality_weights={"clip": 1.0, "coherence": 1.0, "novelty": 0.2},
+            speed_weight=0.3,
+        )
+    )
     demo = replace(
         emoji,
         preset="demo",
-        train=replace(emoji.train, iterations=90),
-        evaluation=replace(emoji.evaluation, budgets=(1, 2, 3, 4, 8, 16), num_prompts=96),
+        train=replace(emoji.train, iterations=60),
+        evaluation=replace(emoji.evaluation, budgets=(1, 2, 3, 4, 8, 16), num_prompts=64),
     )
     smoke = replace(
         emoji,

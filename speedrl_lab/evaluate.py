@@ -47,9 +47,7 @@ def score_samples(
     if not generators or not len(budgets) or seeds < 1:
         raise ValueError("nothing to evaluate: expected at least one generator, one budget and one seed")
     scenes.encode_captions(prompts)  # an unreadable prompt fails before the first sample
-    settings = {
-        (name, budget): _sampler(samplers or {}, name, budget) for name in generators for budget in budgets
-    }
+    settings = {(name, budget): _sampler(samplers or {}, name, budget) for name in generators for budget in budgets}
     first = next(iter(generators.values()))
     detector, clip = load_detector(first.device), load_clip(first.device)
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
@@ -142,9 +140,7 @@ def real_pictures(prompts: Sequence[str], seed: int) -> torch.Tensor:
     return scenes.paint(scenes.draw_layouts(scenes.draw_like(prompts, rng), rng))
 
 
-def judge_real(
-    prompts: Sequence[str], seed: int = 0, reconstruct: MaskedGenerator | None = None
-) -> pd.Series:
+def judge_real(prompts: Sequence[str], seed: int = 0, reconstruct: MaskedGenerator | None = None) -> pd.Series:
     """What the judges say of real scenes, or of their reconstructions: the best anyone can reach."""
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
     rng = torch.Generator().manual_seed(1000 + seed)

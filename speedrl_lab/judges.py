@@ -268,9 +268,7 @@ def verdict(detector: Detector, images: Tensor, prompts: Sequence[str]) -> dict[
     return check_answers(counts.argmax(-1), colors.argmax(-1), centers, prompts)
 
 
-def check_answers(
-    counts: Tensor, colors: Tensor, centers: Tensor, prompts: Sequence[str]
-) -> dict[str, Tensor]:
+def check_answers(counts: Tensor, colors: Tensor, centers: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Compare counts (B, O), background ids (B,) and centres (B, O, 2) with what the captions ask for.
 
     Returns bool (B,) each: `counts` (all objects exactly right), `color` (the named background; True

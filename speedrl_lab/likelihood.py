@@ -54,14 +54,10 @@ def visits(trajectory: Trajectory, batch_size: int) -> Iterator[Visit]:
             )
 
 
-def visit_logits(
-    generator: MaskedGenerator, visit: Visit, cond: Cond, sampler: SamplerConfig
-) -> Tensor:
+def visit_logits(generator: MaskedGenerator, visit: Visit, cond: Cond, sampler: SamplerConfig) -> Tensor:
     """Log-probabilities of all codes at the positions revealed in a visit, float32 (R, V)."""
     info = StepInfo(visit.step, sampler.steps)
-    logits = policy_logits(
-        generator, visit.tokens, cond.index(visit.samples), sampler, info, visit.rows
-    )
+    logits = policy_logits(generator, visit.tokens, cond.index(visit.samples), sampler, info, visit.rows)
     return logits.log_softmax(-1)
 
 

@@ -116,9 +116,7 @@ def _rotary_angles(grid: tuple[int, int], words: int, head_width: int) -> Tensor
     quarter = head_width // 4
     frequency = 10.0 ** (-torch.arange(quarter) / quarter)
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    image = torch.cat(
-        [rows.reshape(-1, 1) * frequency, columns.reshape(-1, 1) * frequency], 1
-    )  # (N, head_width / 2)
+    image = torch.cat([rows.reshape(-1, 1) * frequency, columns.reshape(-1, 1) * frequency], 1)  # (N, head_width / 2)
     return torch.cat([torch.zeros(words, 2 * quarter), image])
 
 

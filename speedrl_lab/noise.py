@@ -46,9 +46,7 @@ def occurrences(prompts: Sequence[str]) -> list[int]:
 
 def row_keys(seed: int, prompts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
     """One key a row, int64 (B,): from the seed, the prompt's text and its occurrence in the list."""
-    digests = [
-        int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big", signed=True) for prompt in prompts
-    ]
+    digests = [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big", signed=True) for prompt in prompts]
     keys = torch.tensor(digests, dtype=torch.int64, device=device)
     return fold(fold(keys, seed), torch.tensor(occurrences(prompts), device=device))
 

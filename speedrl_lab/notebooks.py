@@ -12,7 +12,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,7 +183,8 @@ def _check_config(values: Mapping[str, Any]) -> None:
     owners = flat_fields()
     given = {name: value for name, value in values.items() if name in owners and value is not None}
     sampler = {name: given.pop(name) for name in list(given) if owners[name][0] is SamplerConfig}
-    replace(RunConfig.from_flat(**given).train.sampler, **sampler)
+    RunConfig.from_flat(**given)
+    SamplerConfig(**sampler)
 
 
 def _fits(value: Any, kind: str) -> bool:
@@ -219,9 +219,7 @@ def _execute(path: Path, target: Path, values: Mapping[str, Any]) -> None:
     papermill_engines.register("speedrl", LabEngine)  # also where the package is not installed
     print(f"{path.stem} -> {target}")
     try:
-        papermill.execute_notebook(
-            path, target, parameters=dict(values), engine_name="speedrl", stdout_file=sys.stdout
-        )
+        papermill.execute_notebook(path, target, parameters=dict(values), engine_name="speedrl", stdout_file=sys.stdout)
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
         raise NotebookError(

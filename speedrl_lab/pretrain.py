@@ -49,9 +49,7 @@ def _optimizers(network: nn.Module, learning_rate: float) -> list[torch.optim.Op
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     ]
     if matrices:
-        muon = torch.optim.Muon(
-            matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     return optimizers
 

@@ -178,7 +178,7 @@ class Learner:
         self.played = self._weights()  # what drew the rollout, and what its quality belongs to
         warm_up = min(1.0, (self.iteration + 1) / max(1, self.config.warmup_iterations))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * warm_up
+            group["lr"] = rate * min(warm_up, 1 - self.iteration / self.config.iterations)
         for _ in range(self.config.inner_epochs):
             self.optimizer.zero_grad(set_to_none=True)
             measured = self._backward(drawn, advantages)
@@ -255,9 +255,7 @@ class Learner:
         """Weighted rise of the quality rewards, each in its within-group deviations of iteration 1."""
         weights = self.config.quality_weights
         if self.scale is None:
-            self.scale = {
-                name: (record["rewards"][name], max(record["rewards_std"][name], 1e-3)) for name in weights
-            }
+            self.scale = {name: (record["rewards"][name], max(record["rewards_std"][name], 1e-3)) for name in weights}
         rises = [
             weight * (record["rewards"][name] - self.scale[name][0]) / self.scale[name][1]
             for name, weight in weights.items()
@@ -292,9 +290,7 @@ def within_group_diversity(images: Tensor, group_size: int) -> float:
     return float(distances.sum() / (len(groups) * group_size * (group_size - 1)))
 
 
-def describe(
-    learner: Learner, drawn: Rollout, advantages: Advantages, measured: Mapping[str, float]
-) -> dict[str, Any]:
+def describe(learner: Learner, drawn: Rollout, advantages: Advantages, measured: Mapping[str, float]) -> dict[str, Any]:
     """The record of one iteration: plain numbers, names as TRL logs them where it has the same."""
     config, trajectory = learner.config, drawn.trajectory
     raw = {name: float(value.mean()) for name, value in drawn.rewards.items()}

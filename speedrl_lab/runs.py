@@ -47,13 +47,9 @@ class Run:
         described = path / "config.json"
         if described.is_file():
             if not resume:
-                raise FileExistsError(
-                    f"run {path} exists; go on with resume=True, or choose another run name"
-                )
+                raise FileExistsError(f"run {path} exists; go on with resume=True, or choose another run name")
             before = json.loads(described.read_text())
             changed = sorted(key for key in before | settings if before.get(key) != settings.get(key))
-            # A longer run is the one change that leaves everything done so far valid.
-            changed = [key for key in changed if key != "iterations"]
             if changed:
                 key = changed[0]
                 raise ValueError(

@@ -82,9 +82,7 @@ def parse_caption(caption: str) -> Scene:
     for word in words:
         if word not in _SURFACE:
             nearest = difflib.get_close_matches(word, _SURFACE, n=3, cutoff=0.0)
-            raise ValueError(
-                f"unknown word {word!r} in caption {caption!r}; nearest words: {', '.join(nearest)}"
-            )
+            raise ValueError(f"unknown word {word!r} in caption {caption!r}; nearest words: {', '.join(nearest)}")
     background, body = None, words
     if len(words) >= 4 and words[-4] == "on" and words[-3] == "a" and words[-1] == "background":
         background, body = words[-2], words[:-4]

@@ -49,8 +49,6 @@ class Trajectory:
     def select(self, rows: Tensor) -> "Trajectory":
         """The samples at `rows`, an index or bool tensor."""
         chosen = {
-            f.name: getattr(self, f.name)[rows]
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
+            f.name: getattr(self, f.name)[rows] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
         }
         return replace(self, **chosen)

@@ -13,8 +13,7 @@ from speedrl_lab.pace import PaceHead
 
 FORMAT = "speedrl_lab/1"
 _MODULES = {
-    cls.__name__: cls
-    for cls in (networks.Tokenizer, networks.MaskedTransformer, networks.SmallClip, networks.Detector)
+    cls.__name__: cls for cls in (networks.Tokenizer, networks.MaskedTransformer, networks.SmallClip, networks.Detector)
 }
 
 

@@ -101,7 +101,7 @@ def test_flat_settings_round_trip_with_every_kind_of_knob():
         ({"budgets": []}, ValueError, "budgets=.*: expected step counts from 1"),
         ({"budgets": [0, 1]}, ValueError, "budgets=.*: expected step counts from 1"),
         ({"width": 40}, ValueError, "width=40: expected a multiple of 16"),
-        ({"order": "confidence"}, ValueError, "order='confidence' has no model-independent"),
+        ({"order": "confidence", "schedule": "cosine", "speed_weight": 0.0}, ValueError, "order='confidence' has no"),
         ({"guidance_scale": 3.0}, ValueError, "guidance_scale=3.0: train without guidance"),
     ],
 )

@@ -108,7 +108,7 @@ def test_null_rows_are_alike_and_unlike_any_prompt(generator):
 
 def test_saved_policies_load_again(generator, tmp_path):
     with torch.no_grad():
-        generator.pace.layers[2].bias.copy_(torch.arange(6.0))
+        generator.pace.layers[2].bias.copy_(torch.arange(7.0))
     path = tmp_path / "policy.safetensors"
     generator.save_policy(path, origin="a test")
     assert [file.name for file in tmp_path.iterdir()] == ["policy.safetensors"]
@@ -117,7 +117,7 @@ def test_saved_policies_load_again(generator, tmp_path):
     before, after = generator.logits(tokens, cond, STEP), loaded.logits(tokens, loaded.encode(PROMPTS), STEP)
     # Half-precision storage: relative rounding of 2**-11 a weight.
     assert float((before - after).detach().abs().max()) < 0.01 * float(before.detach().abs().max())
-    assert torch.equal(loaded.pace.layers[2].bias, torch.arange(6.0))
+    assert torch.equal(loaded.pace.layers[2].bias, torch.arange(7.0))
     assert loaded.spec == generator.spec
 
 

@@ -175,8 +175,7 @@ def test_the_search_takes_the_best_sampler_of_each_budget(emoji, monkeypatch):
 
     def scored(models, prompts, budgets, seeds, samplers):
         return pd.DataFrame(
-            {"model": name, "accuracy": 0.9 if name == winners[budgets[0]] else 0.1, "psnr": 20.0}
-            for name in models
+            {"model": name, "accuracy": 0.9 if name == winners[budgets[0]] else 0.1, "psnr": 20.0} for name in models
         )
 
     monkeypatch.setattr(evaluate, "score_samples", scored)

@@ -203,7 +203,7 @@ def test_frechet_distance_matches_its_formula():
     detector = small_detector()
     real, generated = (scenes.draw_batch(64, "train", seed=seed)[2] for seed in (0, 1))
     with torch.no_grad():
-        a, b = (detector.features(images).double() for images in (real, generated * 0.7))
+        a, b = (judges.DetectorFeatures(detector)(images).double() for images in (real, generated * 0.7))
     product = a.T.cov() @ b.T.cov()
     trace = torch.linalg.eigvals(product).sqrt().real.sum()
     expected = (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * trace

@@ -124,8 +124,7 @@ def test_score_function_gradient_is_the_exact_gradient(toy, sampler):
     reward = torch.randn(81, generator=torch.Generator().manual_seed(5))
     parameters = list(generator.policy.parameters())
     expected_reward = sum(
-        reward[row] * probability(generator, GRIDS[row], trajectory.reveal_step[row], sampler)
-        for row in range(81)
+        reward[row] * probability(generator, GRIDS[row], trajectory.reveal_step[row], sampler) for row in range(81)
     )
     exact = torch.autograd.grad(expected_reward, parameters)
     log_prob = trajectory_log_prob(generator, ["a dog"] * 81, trajectory, sampler)

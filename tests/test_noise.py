@@ -25,9 +25,7 @@ def test_a_permuted_batch_holds_the_same_rows():
 
 def test_numbers_of_a_position_do_not_depend_on_how_many_are_asked_for():
     keys = noise.row_keys(0, PROMPTS)
-    assert torch.equal(
-        noise.uniforms(keys, noise.TOKEN, 0, 64)[:, :10], noise.uniforms(keys, noise.TOKEN, 0, 10)
-    )
+    assert torch.equal(noise.uniforms(keys, noise.TOKEN, 0, 64)[:, :10], noise.uniforms(keys, noise.TOKEN, 0, 10))
 
 
 def test_occurrences_count_earlier_equal_prompts():

@@ -98,9 +98,7 @@ def test_failed_cell_names_the_error_and_the_partial_notebook(notebook, tmp_path
         ({"budgets": []}, ValueError, "budgets"),
     ],
 )
-def test_wrong_knob_is_refused_before_a_kernel_or_folder_exists(
-    notebook, no_kernel, tmp_path, knobs, error, message
-):
+def test_wrong_knob_is_refused_before_a_kernel_or_folder_exists(notebook, no_kernel, tmp_path, knobs, error, message):
     with pytest.raises(error, match=message):
         notebooks.run(notebook, output=tmp_path / "fresh", **knobs)
     assert not (tmp_path / "fresh").exists()

@@ -9,8 +9,8 @@ from speedrl_lab.pace import EXPLORATION, FEATURES, SHARES, PaceHead, pace_count
 
 
 def test_choices_are_shares_of_the_tokens_and_at_least_one():
-    assert pace_counts(64).tolist() == [2, 4, 8, 16, 32, 64]
-    assert pace_counts(4).tolist() == [1, 1, 1, 1, 2, 4]
+    assert pace_counts(64).tolist() == [1, 2, 4, 8, 16, 32, 64]
+    assert pace_counts(4).tolist() == [1, 1, 1, 1, 1, 2, 4]
     assert pace_counts(1).tolist() == [1] * len(SHARES)
 
 
@@ -48,10 +48,10 @@ def test_a_fresh_head_is_indifferent_and_follows_its_seed():
 def test_no_choice_is_ever_forgotten():
     head = PaceHead().reset(0)
     with torch.no_grad():
-        head.layers[2].bias.copy_(torch.tensor([0.0, 0, 0, 0, 0, 500]))
+        head.layers[2].bias.copy_(torch.tensor([0.0, 0, 0, 0, 0, 0, 500]))
         chances = head(torch.randn(5, FEATURES, generator=torch.Generator().manual_seed(3))).exp()
     assert torch.allclose(chances.sum(1), torch.ones(5))
-    assert torch.allclose(chances[:, :5], torch.full((5, 5), EXPLORATION / len(SHARES)))
+    assert torch.allclose(chances[:, :6], torch.full((5, 6), EXPLORATION / len(SHARES)))
 
 
 def test_reset_leaves_the_global_generator_alone():

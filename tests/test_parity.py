@@ -134,9 +134,7 @@ def test_sample_parity_repeats_the_recorded_run(name):
     rng = torch.Generator().manual_seed(int(kind[4:]))
     before = torch.get_rng_state()
     cond = Cond({"label": torch.ones(2, 1)})
-    tokens = parity.sample_parity(
-        RecordedGenerator(), cond, int(steps[1:]), rng, guidance_scale=1.0, schedule=schedule
-    )
+    tokens = parity.sample_parity(RecordedGenerator(), cond, int(steps[1:]), rng, guidance_scale=1.0, schedule=schedule)
     assert tokens.tolist() == RUN[f"tokens_{name}"][-1].reshape(2, N).tolist()
     assert torch.equal(before, torch.get_rng_state())
 

@@ -103,9 +103,7 @@ def test_tokens_per_step_of_a_pace_averages_those_still_unmasking(generator):
 def test_image_grid_refuses_captions_that_do_not_match():
     with pytest.raises(ValueError, match="got 2 prompts for 3 images"):
         plots.image_grid(torch.rand(3, 3, 8, 8), ["a dog", "a cat"])
-    axes = plots.image_grid(torch.rand(3, 3, 8, 8), ["a", "b", "c"], scores=[0.5, 2, 31.26], columns=2).axes[
-        0
-    ]
+    axes = plots.image_grid(torch.rand(3, 3, 8, 8), ["a", "b", "c"], scores=[0.5, 2, 31.26], columns=2).axes[0]
     assert [text.get_text() for text in axes.texts] == ["a (0.5)", "b (2)", "c (31.3)"]
 
 

@@ -134,9 +134,7 @@ def test_micro_batches_change_the_gradient_by_rounding_alone(emoji):
     found = []
     for size in (3, 1000):
         generator = emoji.copy()
-        config = replace(
-            TOY, iterations=1, micro_batch_size=size, quality_weights={"low": 1.0}, learning_rate=1e-3
-        )
+        config = replace(TOY, iterations=1, micro_batch_size=size, quality_weights={"low": 1.0}, learning_rate=1e-3)
         record = next(train(generator, PROMPTS, {"low": low_codes}, config))
         found.append((gradients(generator), record["gradient_norm"]))
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
@@ -159,7 +157,8 @@ def test_records_hold_every_number(toy):
         assert set(record["rewards"]) == {"twos", "speed"}
         assert record["steps"] == 2.0 and record["forwards"] == 3 * 8 * 2
         assert record["ratio_deviation"] < 1e-4 and record["seconds"] > 0 and record["diversity"] > 0
-    assert [record["learning_rate"] for record in records] == pytest.approx([0.005, 0.01, 0.015])
+    expected = [0.02 * min((index + 1) / 4, 1 - index / 3) for index in range(3)]
+    assert [record["learning_rate"] for record in records] == pytest.approx(expected)
     paced = replace(TOY, iterations=1, sampler=PACED, speed_weight=0.5)
     record = next(train(toy(), PROMPTS, rewards, paced))
     assert set(record) == names | {"pace_entropy"}
@@ -194,9 +193,7 @@ def test_dropped_samples_are_counted(toy):
 
 
 def test_the_speed_reward_lowers_the_steps(toy):
-    config = replace(
-        TOY, iterations=25, sampler=PACED, speed_weight=1.0, pace_learning_rate=0.05, learning_rate=1e-3
-    )
+    config = replace(TOY, iterations=25, sampler=PACED, speed_weight=1.0, pace_learning_rate=0.05, learning_rate=1e-3)
     generator = toy()
     records = list(train(generator, PROMPTS, {**TWOS, "speed": speed_reward}, config))
     assert isinstance(generator.pace, PaceHead)
@@ -217,9 +214,9 @@ def test_the_speed_reward_lowers_the_steps_of_the_embedded_network(emoji):
 def falling(values: list[float]):
     """A reward that says what is told, whatever the pictures; the last value stays."""
     calls = iter(range(10_000))
-    return lambda images, prompts, trajectory: torch.full(
-        (len(prompts),), values[min(next(calls), len(values) - 1)]
-    ) + torch.linspace(0, 1e-3, len(prompts))
+    return lambda images, prompts, trajectory: (
+        torch.full((len(prompts),), values[min(next(calls), len(values) - 1)]) + torch.linspace(0, 3, len(prompts))
+    )
 
 
 def test_a_collapse_ends_the_run_with_the_best_weights(toy):
@@ -230,7 +227,7 @@ def test_a_collapse_ends_the_run_with_the_best_weights(toy):
         records.append(record)
         seen.append(weights_of(generator))
     assert 4 <= len(records) < 12
-    said = ["collapse: smoothed quality" in " ".join(record["warnings"]) for record in records]
+    said = ["collapse: smoothed progress" in " ".join(record["warnings"]) for record in records]
     assert said == [False] * (len(records) - 1) + [True]
     # The third rollout was the best, and the weights after two updates drew it.
     assert torch.equal(weights_of(generator), seen[2])

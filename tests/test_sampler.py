@@ -108,7 +108,7 @@ def test_paced_samples_choose_their_steps(emoji):
         counts = [int(trajectory.revealed(step)[row].sum()) for step in range(12)]
         known = 0
         for step in range(min(steps, 11)):
-            assert counts[step] == min([2, 4, 8, 16, 32, 64][int(taken[step])], 64 - known)
+            assert counts[step] == min([1, 2, 4, 8, 16, 32, 64][int(taken[step])], 64 - known)
             known += counts[step]
         assert sum(counts) == 64 and counts[steps:] == [0] * (12 - steps)
         acted = min(steps, 11)  # the last allowed step reveals all and is no action
@@ -118,15 +118,15 @@ def test_paced_samples_choose_their_steps(emoji):
 
 def test_the_last_paced_step_reveals_all(emoji):
     with torch.no_grad():
-        emoji.pace.layers[2].bias.copy_(torch.tensor([50.0, 0, 0, 0, 0, 0]))  # always the fewest
+        emoji.pace.layers[2].bias.copy_(torch.tensor([50.0, 0, 0, 0, 0, 0, 0]))  # always the fewest
     trajectory = sample(emoji, PROMPTS, SamplerConfig(steps=4, schedule="paced", greedy_pace=True))
     assert trajectory.steps.tolist() == [4] * 6
-    assert [int(trajectory.revealed(step)[0].sum()) for step in range(4)] == [2, 2, 2, 58]
+    assert [int(trajectory.revealed(step)[0].sum()) for step in range(4)] == [1, 1, 1, 61]
 
 
 def test_greedy_pace_takes_the_most_probable_choice(emoji):
     with torch.no_grad():
-        emoji.pace.layers[2].bias.copy_(torch.tensor([0, 0, 0, 0.1, 0, 0]))
+        emoji.pace.layers[2].bias.copy_(torch.tensor([0, 0, 0, 0, 0.1, 0, 0]))
     greedy = sample(emoji, ["a dog"] * 12, replace(PACED, greedy_pace=True))
     assert greedy.steps.tolist() == [4] * 12
     drawn = sample(emoji, ["a dog"] * 12, PACED)

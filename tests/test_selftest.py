@@ -105,7 +105,7 @@ def test_a_pace_that_never_varies_is_caught(toy, monkeypatch):
     generator = toy(pace=True)
     with torch.no_grad():
         generator.pace.layers[2].weight.zero_()
-        generator.pace.layers[2].bias.copy_(torch.tensor([0.0, 0, 0, 0, 0, 60]))
+        generator.pace.layers[2].bias.copy_(torch.tensor([0.0, 0, 0, 0, 0, 0, 60]))
     assert "steps vary, so that speed can act" in failure(generator, PACED)
 
 

@@ -93,9 +93,7 @@ def broken(path: Path, policy: MaskedTransformer, damage: str) -> str:
     raise AssertionError(damage)
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncated", "text", "empty", "foreign", "missing tensor", "other shape"]
-)
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "foreign", "missing tensor", "other shape"])
 def test_damaged_files_are_one_clear_line(tmp_path, policy, damage):
     path = tmp_path / "policy.safetensors"
     words = broken(path, policy, damage)

@@ -87,9 +87,7 @@ def test_board_goes_on_from_earlier_records():
 def test_board_says_each_kind_of_warning_once(capsys):
     board = widgets.Board(TrainConfig(iterations=100))
     for iteration in range(1, 10):
-        board.update(
-            record(iteration, warnings=[f"diversity 0.{iteration} is low", "reward 'speed' is silent"])
-        )
+        board.update(record(iteration, warnings=[f"diversity 0.{iteration} is low", "reward 'speed' is silent"]))
     printed = capsys.readouterr().out
     assert printed.count("is low") == 1 and printed.count("is silent") == 1
 

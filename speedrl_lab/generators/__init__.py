@@ -22,9 +22,7 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_generator(
-    name: str = "emoji", device: str = "auto", policy: Path | str | None = None
-) -> MaskedGenerator:
+def load_generator(name: str = "emoji", device: str = "auto", policy: Path | str | None = None) -> MaskedGenerator:
     """Load a pretrained generator by name; `policy` replaces its policy weights by those of a file.
 
     Raises ValueError for an unknown name, FileNotFoundError or ValueError for missing or broken weights.

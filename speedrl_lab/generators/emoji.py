@@ -52,9 +52,7 @@ class EmojiGenerator:
     def decode(self, tokens: Tensor) -> Tensor:
         if ((tokens < 0) | (tokens >= self.spec.codebook_size)).any():
             bad = int(tokens[(tokens < 0) | (tokens >= self.spec.codebook_size)][0])
-            raise ValueError(
-                f"cannot decode token {bad}: expected codes 0 to {self.spec.codebook_size - 1}, no mask"
-            )
+            raise ValueError(f"cannot decode token {bad}: expected codes 0 to {self.spec.codebook_size - 1}, no mask")
         return self.tokenizer.decode(tokens, self.spec.grid)
 
     @torch.no_grad()
