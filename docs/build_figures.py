@@ -1,0 +1,50 @@
+"""Draw the README's pictures from a run of notebook 05_frontier.
+
+    python docs/build_figures.py outputs/results
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import speedrl_lab as lab
+from speedrl_lab.scenes import DATA
+
+PROMPTS = [
+    "a pig and a ball",
+    "a house on a black background",
+    "a rocket left of an apple on a white background",
+    "a cake and a heart",
+    "a frog above a pig on a white background",
+    "a ball above a house",
+    "a tree and a rocket on a purple background",
+    "an apple above a heart",
+]
+
+
+def main(results: Path) -> None:
+    folder = Path(__file__).parent
+    table = pd.read_csv(results / "frontier.csv")
+    (folder / "frontier.png").write_bytes(lab.plots.png(lab.plots.frontier_print(table)))
+    base = lab.load_generator(device="cpu")
+    tuned = lab.load_generator(device="cpu", policy=DATA / "weights" / "speed_rl.safetensors")
+    fast, usual = lab.SamplerConfig(order="confidence"), lab.SamplerConfig(order="confidence", guidance_scale=3.0)
+    rows = {
+        "base\n2 passes": (base, fast, 2),
+        "Speed-RL\n2 passes": (tuned, fast, 2),
+        "base\n4 passes": (base, fast, 4),
+        "Speed-RL\n4 passes": (tuned, fast, 4),
+        "base\n32 passes": (base, usual, 16),
+    }
+    pictures = []
+    for model, sampler, steps in rows.values():
+        config = lab.SamplerConfig(order="confidence", guidance_scale=sampler.guidance_scale, steps=steps)
+        pictures.append(model.decode(lab.sample(model, PROMPTS, config, seed=1).tokens))
+    figure = lab.plots.image_grid(torch.cat(pictures), row_titles=list(rows), column_titles=PROMPTS)
+    (folder / "samples.png").write_bytes(lab.plots.png(figure))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
