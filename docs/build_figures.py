@@ -4,6 +4,7 @@
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -40,8 +41,8 @@ def main(results: Path) -> None:
     }
     pictures = []
     for model, sampler, steps in rows.values():
-        config = lab.SamplerConfig(order="confidence", guidance_scale=sampler.guidance_scale, steps=steps)
-        pictures.append(model.decode(lab.sample(model, PROMPTS, config, seed=1).tokens))
+        trajectory = lab.sample(model, PROMPTS, replace(sampler, steps=steps), seed=1)
+        pictures.append(model.decode(trajectory.tokens))
     figure = lab.plots.image_grid(torch.cat(pictures), row_titles=list(rows), column_titles=PROMPTS)
     (folder / "samples.png").write_bytes(lab.plots.png(figure))
 

@@ -242,7 +242,7 @@ def search_samplers(
     generator: MaskedGenerator, prompts: Sequence[str], budgets: Sequence[int], candidates: Sequence[SamplerConfig]
 ) -> dict[int, SamplerConfig]:
     """The best sampler for each budget by exact counts + PSNR / 100 on `prompts`: a fair base."""
-    names = {f"{index}": replace(config) for index, config in enumerate(candidates)}
+    names = {f"{index}": config for index, config in enumerate(candidates)}
     best: dict[int, SamplerConfig] = {}
     for budget in budgets:
         frame = score_samples(dict.fromkeys(names, generator), prompts, [budget], 1, names)

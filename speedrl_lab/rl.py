@@ -67,16 +67,7 @@ def train(
     while learner.iteration < config.iterations and not learner.collapsed:
         began = time.perf_counter()
         drawn = rollout(generator, prompts, rewards, config, learner.iteration)
-        advantages = combine(
-            drawn.rewards,
-            config.quality_weights,
-            config.speed_weight,
-            config.group_size,
-            config.advantage_std,
-            config.filter_quantile,
-            config.low_quality,
-            step_reward=1 / generator.spec.num_tokens,
-        )
+        advantages = weigh(drawn, config)
         measured = learner.update(drawn, advantages)
         record = describe(learner, drawn, advantages, measured)
         record["warnings"] = learner.guard(record)
@@ -142,6 +133,20 @@ def rollout(
                 f"expected {len(repeated)} finite numbers"
             )
     return Rollout(repeated, trajectory, images, scored)
+
+
+def weigh(drawn: Rollout, config: TrainConfig) -> Advantages:
+    """The advantages of a rollout, as the config weighs its rewards; one step of speed is 1 / N."""
+    return combine(
+        drawn.rewards,
+        config.quality_weights,
+        config.speed_weight,
+        config.group_size,
+        config.advantage_std,
+        config.filter_quantile,
+        config.low_quality,
+        step_reward=1 / drawn.trajectory.tokens.shape[1],
+    )
 
 
 class Learner:

@@ -6,14 +6,13 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
-from speedrl_lab.advantage import combine
 from speedrl_lab.config import TrainConfig
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.likelihood import trajectory_log_prob
 from speedrl_lab.objective import clipped_surrogate
 from speedrl_lab.pace import PaceHead
 from speedrl_lab.rewards import Reward
-from speedrl_lab.rl import Learner, check, rollout
+from speedrl_lab.rl import Learner, check, rollout, weigh
 
 
 def selftest(
@@ -32,9 +31,7 @@ def selftest(
     first = rollout(trial, prompts, rewards, small, iteration=0)
     # One prompt twice: other prompts would hide equal noise.
     once, again = (rollout(trial, prompts[:1], rewards, small, iteration) for iteration in (0, 1))
-    advantages = combine(
-        first.rewards, config.quality_weights, config.speed_weight, config.group_size, config.advantage_std
-    )
+    advantages = weigh(first, config)
     with torch.no_grad():
         replayed = trajectory_log_prob(trial, first.prompts, first.trajectory, config.sampler)
     stored = first.trajectory.log_prob.sum(1)
