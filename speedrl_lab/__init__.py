@@ -10,15 +10,7 @@ These names are the whole public surface; `lab.plots` and `lab.widgets` draw wha
 
 from speedrl_lab import plots, schedules, widgets
 from speedrl_lab.config import EvalConfig, PretrainConfig, RunConfig, SamplerConfig, TrainConfig
-from speedrl_lab.evaluate import (
-    evaluate,
-    frontier,
-    load_base_samplers,
-    passes_at_quality,
-    score_samples,
-    search_samplers,
-    summarize,
-)
+from speedrl_lab.evaluate import evaluate, frontier, passes_at_quality, score_samples, summarize
 from speedrl_lab.generators import load_generator
 from speedrl_lab.likelihood import trajectory_log_prob
 from speedrl_lab.rewards import build_rewards
@@ -26,6 +18,7 @@ from speedrl_lab.rl import train
 from speedrl_lab.runs import Run
 from speedrl_lab.sampler import sample
 from speedrl_lab.scenes import load_prompts
+from speedrl_lab.search import load_base_samplers, load_base_samplers_by_passes, search_samplers
 from speedrl_lab.selftest import selftest
 from speedrl_lab.trajectory import Trajectory
 
@@ -41,6 +34,7 @@ __all__ = [
     "evaluate",
     "frontier",
     "load_base_samplers",
+    "load_base_samplers_by_passes",
     "load_generator",
     "load_prompts",
     "passes_at_quality",

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Order = Literal["confidence", "halton", "random"]
-Schedule = Literal["cosine", "linear", "power", "paced"]
+Schedule = Literal["cosine", "linear", "power", "paced", "random_budget", "threshold"]
+VARYING = ("paced", "random_budget", "threshold")
+"""Schedules under which samples of one group take different numbers of steps."""
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -48,9 +50,13 @@ class SamplerConfig(_Checked):
     order: Order = "halton"
     """Which positions come first; Halton and random orders do not depend on the model."""
     schedule: Schedule = "cosine"
-    """How many positions each step reveals; `paced` lets the policy's pace head choose."""
+    """How many positions each step reveals. `paced`: the policy's pace head chooses. `random_budget`: a power
+    schedule of 1 to `steps` steps, drawn for every sample. `threshold`: the power schedule, until the policy
+    is confident of all that is left."""
     power: float = 3.0
     """Exponent of the power schedule: after step i of T, a share ((i+1)/T)**power is known."""
+    stop_confidence: float = 0.9
+    """Threshold schedule: everything left is revealed once its mean largest probability reaches this."""
     guidance_scale: float = 1.0
     """s in z = u + s(c - u); 1 is off and costs one pass a step instead of two."""
     temperature: float = 1.0
@@ -67,8 +73,9 @@ class SamplerConfig(_Checked):
         self._require(self.guidance_scale >= 0, "guidance_scale", "a number of at least 0 (1 is off)")
         self._require(self.temperature > 0, "temperature", "a positive number")
         self._require(self.choice_temperature >= 0, "choice_temperature", "a number of at least 0")
-        if self.schedule == "paced" and self.order == "confidence":
-            raise ValueError("schedule='paced' needs a model-independent order: 'halton' or 'random'")
+        self._require(0 < self.stop_confidence <= 1, "stop_confidence", "a number above 0, at most 1")
+        if self.schedule in VARYING and self.order == "confidence":
+            raise ValueError(f"schedule={self.schedule!r} needs a model-independent order: 'halton' or 'random'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +104,35 @@ class TrainConfig(_Checked):
     """Rows scored at once in the update; changes memory, not the gradient."""
     kl_weight: float = 0.02
     """Beta of the penalty that holds the policy near the reference."""
-    kl_estimator: Literal["cross_entropy", "exact"] = "cross_entropy"
-    """Forward KL(reference, policy), or reverse KL(policy, reference), full vocabulary, at visited states."""
+    kl_estimator: Literal["cross_entropy", "exact", "k1", "k2", "k3"] = "cross_entropy"
+    """Full vocabulary at visited states: forward KL(reference, policy) or `exact` reverse KL(policy, reference);
+    `k1`, `k2`, `k3` estimate the reverse one from the tokens drawn."""
+    estimator: Literal["replay", "random_mask", "one_step", "coupled", "critical"] = "replay"
+    """How the log-probability of a trajectory is estimated; `replay` is exact, the others are cheaper and biased."""
+    order_factor: Literal["exact", "token_only"] = "exact"
+    """Confidence order: Plackett-Luce over all proposals, or the kept tokens alone (biased; to show it)."""
+    lora_rank: int = 0
+    """Rank of the adapters that are trained instead of the weights (peft); 0 trains all weights."""
+    ema_decay: float = 0.0
+    """Of the average of the policy's weights that is kept as the result; 0 keeps the last weights."""
     advantage_std: Literal["global", "group", "none"] = "global"
     """What the summed advantage is divided by."""
     quality_weights: Mapping[str, float] = field(default_factory=lambda: {"clip": 1.0})
     """Weight of each quality reward after its z-score inside the group."""
     speed_weight: float = 0.0
-    """Weight of the speed reward after its z-score; acts only if steps vary (paced)."""
+    """Weight of the speed reward after its z-score; acts only if steps vary. The exponent of the
+    multiplicative form, the first multiplier of the Lagrangian one."""
+    speed_form: Literal["additive", "multiplicative", "hinge", "lagrangian"] = "additive"
+    """How speed joins quality: added; as a factor; added where quality reaches `quality_floor`; added with a
+    multiplier that moves until the mean number of steps is `target_steps`."""
+    quality_floor: Mapping[str, float] = field(default_factory=dict)
+    """Hinge form: least raw value of each named reward below which speed earns nothing."""
+    target_steps: float = 3.0
+    """Lagrangian form: mean number of steps to hold."""
+    multiplier_rate: float = 0.05
+    """Lagrangian form: change of the multiplier an iteration, times the relative excess of steps."""
+    weight_schedules: Mapping[str, Any] = field(default_factory=dict)
+    """Weights that change: reward name, `speed` or `kl` -> [[iteration, weight], ...], linear in between."""
     filter_quantile: float = 0.0
     """Samples below this quantile of their group's quality are low-quality; 0 turns the filter off."""
     low_quality: Literal["off", "clip", "drop"] = "off"
@@ -135,18 +163,37 @@ class TrainConfig(_Checked):
         self._require(self.kl_weight >= 0, "kl_weight", "a number of at least 0")
         self._require(0 <= self.filter_quantile < 1, "filter_quantile", "a number in [0, 1)")
         self._require(bool(self.quality_weights), "quality_weights", "at least one reward name")
-        if self.sampler.order == "confidence":
+        self._require(self.lora_rank >= 0, "lora_rank", "at least 0 (0 trains all weights)")
+        self._require(0 <= self.ema_decay < 1, "ema_decay", "a number in [0, 1)")
+        self._require(self.target_steps >= 1, "target_steps", "at least 1")
+        self._require(self.multiplier_rate > 0, "multiplier_rate", "a positive number")
+        if self.speed_form == "hinge" and not self.quality_floor:
+            raise ValueError("speed_form='hinge' needs quality_floor, for instance quality_floor={'clip': 0.8}")
+        sampler = self.sampler
+        if sampler.order == "confidence" and self.order_factor == "exact" and sampler.choice_temperature == 0:
             raise ValueError(
-                "order='confidence' has no model-independent trajectory probability; "
-                "train with order='halton' (or 'random'), sample with any order afterwards"
+                "choice_temperature=0.0 makes the confidence order deterministic, so that its probability has no "
+                "gradient; train with choice_temperature=1.0 or order='halton'"
             )
+        self._check_schedules()
         if self.sampler.greedy_pace:
             raise ValueError("greedy_pace=True leaves the pace nothing to learn; train with greedy_pace=False")
-        if self.sampler.guidance_scale != 1.0:
-            raise ValueError(
-                f"guidance_scale={self.sampler.guidance_scale}: train without guidance (1.0); "
-                "RL absorbs it and every step then costs one pass"
+
+    def _check_schedules(self) -> None:
+        known = [*self.quality_weights, "speed", "kl"]
+        for name, points in self.weight_schedules.items():
+            if name not in known:
+                raise ValueError(
+                    f"weight_schedules names {name!r}; nearest: {nearest(name, known)!r} (one of {', '.join(known)})"
+                )
+            pairs = isinstance(points, list | tuple) and all(
+                isinstance(point, list | tuple) and len(point) == 2 for point in points
             )
+            times = [point[0] for point in points] if pairs else []
+            if not times or times != sorted(set(times)):
+                raise ValueError(
+                    f"weight_schedules[{name!r}]={points!r}: expected [[iteration, weight], ...], iterations rising"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +227,9 @@ class PretrainConfig(_Checked):
     detector_iterations: int = 2000
     """Of 128 images each."""
     generator_iterations: int = 3400
-    """Of `pretrain_batch_size` images each."""
+    """Of `pretrain_batch_size` images each, in every cycle."""
+    generator_cycles: int = 2
+    """Times the generator's learning rate warms up and falls again, each time from half the height."""
     pretrain_batch_size: int = 128
     """Images an iteration of the generator."""
     pretrain_learning_rate: float = 2e-3
@@ -192,7 +241,13 @@ class PretrainConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tokenizer_iterations", "clip_iterations", "detector_iterations", "generator_iterations"):
+        for name in (
+            "tokenizer_iterations",
+            "clip_iterations",
+            "detector_iterations",
+            "generator_iterations",
+            "generator_cycles",
+        ):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(self.pretrain_batch_size >= 1, "pretrain_batch_size", "at least 1")
         self._require(self.width % 16 == 0, "width", "a multiple of 16 (4 heads of rotary pairs)")
@@ -315,14 +370,14 @@ def _presets() -> dict[str, RunConfig]:
         evaluation=replace(emoji.evaluation, budgets=(1, 2, 4), num_prompts=12, num_seeds=2),
         pretrain=replace(
             emoji.pretrain, tokenizer_iterations=3, clip_iterations=3, detector_iterations=3,
-            generator_iterations=3, pretrain_batch_size=8, width=32, depth=1,
+            generator_iterations=3, generator_cycles=1, pretrain_batch_size=8, width=32, depth=1,
         ),
     )  # fmt: skip
     gpu = replace(
         emoji,
         preset="emoji-gpu",
         train=replace(emoji.train, num_groups=48, group_size=16, micro_batch_size=768),
-        pretrain=replace(emoji.pretrain, generator_iterations=20000, pretrain_batch_size=256),
+        pretrain=replace(emoji.pretrain, generator_iterations=20000, generator_cycles=1, pretrain_batch_size=256),
     )
     return {"smoke": smoke, "demo": demo, "emoji": emoji, "emoji-gpu": gpu}
 

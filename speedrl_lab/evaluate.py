@@ -4,17 +4,16 @@ The judges are those of EmojiScenes. Costs are reported as steps, forward passes
 sampling loop alone and with the decoder; models take turns within a seed and budget, after a warm-up.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from speedrl_lab import judges, scenes
+from speedrl_lab import compositor, judges, noise, scenes
 from speedrl_lab.config import SamplerConfig
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.rewards.embedded import load_clip, load_detector
@@ -26,8 +25,6 @@ BATCH_SIZE = 128
 METRICS = ("accuracy", "color", "relation", "clip", "psnr", "diversity")
 SET_METRICS = ("kid", "fd")
 COSTS = ("steps", "forwards", "seconds_loop", "seconds_total")
-BASE_SAMPLERS = scenes.DATA / "base_samplers.json"
-
 Samplers = Mapping[str, SamplerConfig | Mapping[int, SamplerConfig]]
 
 
@@ -40,9 +37,10 @@ def score_samples(
 ) -> pd.DataFrame:
     """Sample every model at every budget and judge each picture: a frame with one row an image.
 
-    `samplers` gives a model's settings, one for all budgets (its `steps` is replaced) or one a budget;
-    models without an entry take Halton order, cosine schedule, no guidance. `kid` and `fd` compare the
-    set of a seed with as many real scenes of the same kinds.
+    `samplers` gives a model's settings, one for all budgets (its `steps` becomes the budget) or one a
+    budget, taken as it is, so that a budget may also count passes; models without an entry take Halton
+    order, cosine schedule, no guidance. `sample` numbers the samples of a prompt. `kid` and `fd` compare
+    the set of a seed with as many real scenes of the same kinds.
     """
     if not generators or not len(budgets) or seeds < 1:
         raise ValueError("nothing to evaluate: expected at least one generator, one budget and one seed")
@@ -59,7 +57,7 @@ def score_samples(
             real = real_pictures(repeated, seed)
             for budget in budgets:
                 for name, generator in generators.items():
-                    images, costs = _generate(generator, repeated, settings[name, budget], seed)
+                    images, costs = draw_pictures(generator, repeated, settings[name, budget], seed)
                     scores = judge(images, repeated, real, detector, clip)
                     frames.append(pd.DataFrame({"model": name, "budget": budget, "seed": seed, **costs, **scores}))
                     progress.update()
@@ -72,18 +70,35 @@ def _sampler(samplers: Samplers, name: str, budget: int) -> SamplerConfig:
         return replace(chosen, steps=budget)
     if budget not in chosen:
         raise ValueError(f"no sampler given for {name!r} at budget {budget}; given: {sorted(chosen)}")
-    return replace(chosen[budget], steps=budget)
+    return chosen[budget]
 
 
-def _generate(
-    generator: MaskedGenerator, prompts: list[str], sampler: SamplerConfig, seed: int
+def whole_batches(prompts: Sequence[str], size: int) -> list[list[int]]:
+    """Rows in batches of at most `size` that keep all rows of a prompt together.
+
+    The sampler numbers the samples of a prompt inside its batch: a prompt split over two batches would
+    give the same samples twice. A prompt with more than `size` rows is a batch of its own.
+    """
+    rows_of: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(prompt, []).append(row)
+    batches: list[list[int]] = [[]]
+    for rows in rows_of.values():
+        if batches[-1] and len(batches[-1]) + len(rows) > size:
+            batches.append([])
+        batches[-1] += rows
+    return batches
+
+
+def draw_pictures(
+    generator: MaskedGenerator, prompts: Sequence[str], sampler: SamplerConfig, seed: int
 ) -> tuple[torch.Tensor, dict[str, np.ndarray | float]]:
     """Pictures (B, 3, H, W) on the CPU and the costs of each; seconds are means an image."""
-    batches, steps, forwards = [], [], []
+    pictures, steps, forwards = [], [], []
     loop = total = 0.0
-    # A prompt's samples are numbered inside the batch, so batches never split a group.
-    for start in range(0, len(prompts), BATCH_SIZE):
-        batch = prompts[start : start + BATCH_SIZE]
+    batches = whole_batches(prompts, BATCH_SIZE)
+    for rows in batches:
+        batch = [prompts[row] for row in rows]
         began = time.perf_counter()
         trajectory = sample(generator, batch, sampler, seed=seed)
         if trajectory.tokens.is_cuda:
@@ -91,16 +106,17 @@ def _generate(
         loop += time.perf_counter() - began
         images = generator.decode(trajectory.tokens).cpu()
         total += time.perf_counter() - began
-        batches.append(images)
+        pictures.append(images)
         steps.append(trajectory.steps.cpu())
         forwards.append(trajectory.forwards.cpu())
+    back = torch.tensor([row for rows in batches for row in rows]).argsort()  # to the order of the prompts
     costs = {
-        "steps": torch.cat(steps).numpy(),
-        "forwards": torch.cat(forwards).numpy(),
+        "steps": torch.cat(steps)[back].numpy(),
+        "forwards": torch.cat(forwards)[back].numpy(),
         "seconds_loop": loop / len(prompts),
         "seconds_total": total / len(prompts),
     }
-    return torch.cat(batches), costs
+    return torch.cat(pictures)[back], costs
 
 
 @torch.no_grad()
@@ -122,7 +138,7 @@ def judge(
     return {
         "prompt": list(prompts),
         "kind": [scenes.parse_caption(prompt).kind for prompt in prompts],
-        "sample": np.arange(len(images)) % group,
+        "sample": noise.occurrences(prompts),
         "accuracy": verdict["counts"].float().cpu().numpy(),
         "color": verdict["color"].float().cpu().numpy(),
         "relation": verdict["relation"].float().cpu().numpy(),
@@ -137,14 +153,14 @@ def judge(
 def real_pictures(prompts: Sequence[str], seed: int) -> torch.Tensor:
     """Real scenes of the same kinds as the prompts but other content, (B, 3, 32, 32)."""
     rng = torch.Generator().manual_seed(seed)
-    return scenes.paint(scenes.draw_layouts(scenes.draw_like(prompts, rng), rng))
+    return compositor.paint(scenes.draw_layouts(scenes.draw_like(prompts, rng), rng))
 
 
 def judge_real(prompts: Sequence[str], seed: int = 0, reconstruct: MaskedGenerator | None = None) -> pd.Series:
     """What the judges say of real scenes, or of their reconstructions: the best anyone can reach."""
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
     rng = torch.Generator().manual_seed(1000 + seed)
-    images = scenes.paint(scenes.draw_layouts([scenes.parse_caption(prompt) for prompt in repeated], rng))
+    images = compositor.paint(scenes.draw_layouts([scenes.parse_caption(prompt) for prompt in repeated], rng))
     if reconstruct is not None:
         images = reconstruct.decode(reconstruct.tokenize(images)).cpu()
     scores = judge(images, repeated, real_pictures(repeated, seed), load_detector(), load_clip())
@@ -236,28 +252,3 @@ def passes_at_quality(table: pd.DataFrame, metric: str = "accuracy", baseline: s
                 }
             )
     return pd.DataFrame(rows)
-
-
-def search_samplers(
-    generator: MaskedGenerator, prompts: Sequence[str], budgets: Sequence[int], candidates: Sequence[SamplerConfig]
-) -> dict[int, SamplerConfig]:
-    """The best sampler for each budget by exact counts + PSNR / 100 on `prompts`: a fair base."""
-    names = {f"{index}": config for index, config in enumerate(candidates)}
-    best: dict[int, SamplerConfig] = {}
-    for budget in budgets:
-        frame = score_samples(dict.fromkeys(names, generator), prompts, [budget], 1, names)
-        means = frame.groupby("model")[["accuracy", "psnr"]].mean()
-        winner = (means.accuracy + means.psnr / 100).idxmax()
-        best[budget] = replace(names[winner], steps=budget)
-    return best
-
-
-def save_base_samplers(samplers: Mapping[int, SamplerConfig]) -> None:
-    """Write the searched settings of the embedded base."""
-    BASE_SAMPLERS.write_text(json.dumps({k: asdict(v) for k, v in samplers.items()}, indent=1) + "\n")
-
-
-def load_base_samplers() -> dict[int, SamplerConfig]:
-    """The searched settings of the embedded base, by budget."""
-    settings = json.loads(BASE_SAMPLERS.read_text())
-    return {int(budget): SamplerConfig(**values) for budget, values in settings.items()}

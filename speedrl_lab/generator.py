@@ -76,6 +76,8 @@ class MaskedGenerator(Protocol):
     spec: GeneratorSpec
     policy: nn.Module
     """The trainable network; codec and text encoder stay frozen."""
+    lora_targets: tuple[str, ...]
+    """Ends of the names of the linear layers of `policy` that LoRA adapts; empty where it cannot."""
     pace: PaceHead | None
     """Head that chooses how many tokens to reveal; None until one is trained."""
 

@@ -13,18 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from speedrl_lab.compositor import COLORS, IMAGE_SIZE, LARGE, OBJECTS, SMALL, STRIDE, sprites
 from speedrl_lab.networks import Detector
-from speedrl_lab.scenes import (
-    COLORS,
-    IMAGE_SIZE,
-    LARGE,
-    OBJECTS,
-    SMALL,
-    STRIDE,
-    Scene,
-    parse_caption,
-    sprites,
-)
+from speedrl_lab.scenes import Scene, parse_caption
 
 CHUNK = 64  # rows searched at once, to bound the memory
 BATCH = 256  # pictures read by the detector at once
@@ -33,7 +24,7 @@ MIN_MSE = 1e-10  # a perfect picture has a PSNR of 100 dB
 
 @dataclass(frozen=True)
 class NearestScene:
-    """The best-matching valid scene of each picture; columns are named as in `scenes.Layout`.
+    """The best-matching valid scene of each picture; columns are named as in `compositor.Layout`.
 
     `psnr` is float32 (B,) in dB, at most 100. `styles`, `tops`, `lefts` are int64 (B, 2), with -1 in
     the second slot where the caption has one object; `sizes` and `backgrounds` are int64 (B,). The

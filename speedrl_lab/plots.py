@@ -4,13 +4,9 @@ Nothing here trains or samples. Lines take the Okabe-Ito colours (safe for colou
 backgrounds are transparent and the ink is a grey that is legible on white and on black.
 """
 
-import base64
-import html
 import io
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -18,22 +14,19 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from plotly.offline import get_plotlyjs
 from torch import Tensor
 
+from speedrl_lab import canvas
 from speedrl_lab.config import nearest
 from speedrl_lab.generator import MaskedGenerator
-from speedrl_lab.runs import write_atomic
 from speedrl_lab.trajectory import Trajectory
 
 States = Trajectory | Sequence[Mapping[str, Any]]
 """A trajectory, or the list of what `on_step` of the sampler received."""
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
-INK = "#7d7d7d"
 AXES = {
     "forwards": "forward passes per image",
     "seconds_loop": "seconds per image, sampling loop",
@@ -118,61 +111,29 @@ def _pictures(
     """Pictures one inch wide on a sheet measured in inches."""
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    below = [_wrapped(text, 17) for text in captions or [""] * len(images)]
-    above = [_wrapped(text, 14) for text in column_titles or []]
+    below = [canvas.wrapped(text, 17) for text in captions or [""] * len(images)]
+    above = [canvas.wrapped(text, 14) for text in column_titles or []]
     lines = max(text.count("\n") + 1 if text else 0 for text in below)
     left = 1.5 if row_titles else 0.05
     top = 0.1 + max((0.16 * (text.count("\n") + 1) for text in above), default=0)
     across, down = 1 + 1 / 12, 1 + 1 / 12 + lines / 8
     width, height = left + columns * across, top + rows * down
-    figure = _figure(width, height)
+    figure = canvas.blank(width, height)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     for index, image in enumerate(images.detach().float().cpu()):
         x, y = left + index % columns * across, top + index // columns * down
         pixels = image.permute(1, 2, 0).clamp(0, 1).numpy()
         axes.imshow(pixels, extent=(x, x + 1, y + 1, y), interpolation="nearest")
-        axes.text(x + 0.5, y + 1.03, below[index], ha="center", va="top", fontsize=7.5, color=INK)
+        axes.text(x + 0.5, y + 1.03, below[index], ha="center", va="top", fontsize=7.5, color=canvas.INK)
     for row, title in enumerate(row_titles or []):
         y = top + row * down + 0.5
-        axes.text(left - 0.1, y, _wrapped(title, 20), ha="right", va="center", fontsize=9, color=INK)
+        axes.text(left - 0.1, y, canvas.wrapped(title, 20), ha="right", va="center", fontsize=9, color=canvas.INK)
     for column, title in enumerate(above):
         x = left + column * across + 0.5
-        axes.text(x, top - 0.05, title, ha="center", va="bottom", fontsize=9, color=INK)
+        axes.text(x, top - 0.05, title, ha="center", va="bottom", fontsize=9, color=canvas.INK)
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return figure
-
-
-def _wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A transparent figure in inches that pyplot has already forgotten, so that it is shown only once."""
-    figure = plt.figure(figsize=(width, height), dpi=96)
-    figure.patch.set_alpha(0)
-    plt.close(figure)
-    return figure
-
-
-def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes, each `width` x `height` inches, in the neutral ink."""
-    columns = min(columns, count)
-    rows = math.ceil(count / columns)
-    figure = _figure(columns * width, rows * height)
-    panels = [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
-    for axes in panels:
-        axes.patch.set_alpha(0)
-        axes.tick_params(colors=INK, labelsize=9)
-        axes.spines[:].set_color(INK)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels
-
-
-def _label(axes: Axes, title: str = "", x: str = "", y: str = "") -> None:
-    axes.set_title(title, fontsize=10, color=INK, loc="left")
-    axes.set_xlabel(x, fontsize=9, color=INK)
-    axes.set_ylabel(y, fontsize=9, color=INK)
 
 
 def reveal_map(
@@ -180,7 +141,7 @@ def reveal_map(
 ) -> Figure:
     """In which step, from 1, each position of the token grid (rows, columns) was revealed; B maps."""
     steps = int(trajectory.steps.max())
-    figure, panels = _panels(len(trajectory), columns, 2.4, 2.6)
+    figure, panels = canvas.panels(len(trajectory), columns, 2.4, 2.6)
     maps = trajectory.reveal_step.long().cpu().unflatten(1, grid).numpy() + 1  # (B, rows, columns)
     colors = plt.get_cmap("cividis", steps)
     for index, (axes, values) in enumerate(zip(panels, maps, strict=True)):
@@ -192,14 +153,14 @@ def reveal_map(
                 step = int(values[row, column])
                 ink = "white" if step <= (steps + 1) / 2 else "black"
                 axes.text(column, row, step, ha="center", va="center", fontsize=7, color=ink)
-        _label(axes, _wrapped(prompts[index], 28) if prompts else "")
+        canvas.label(axes, canvas.wrapped(prompts[index], 28) if prompts else "")
     figure.tight_layout()
     bar = figure.colorbar(shown, ax=panels, fraction=0.03, pad=0.02)
     bar.locator = MaxNLocator(integer=True, nbins=8)
     bar.update_ticks()
-    bar.ax.tick_params(colors=INK, labelsize=9)
+    bar.ax.tick_params(colors=canvas.INK, labelsize=9)
     bar.outline.set_visible(False)
-    bar.set_label("revealed in step", color=INK, fontsize=9)
+    bar.set_label("revealed in step", color=canvas.INK, fontsize=9)
     return figure
 
 
@@ -210,16 +171,16 @@ def tokens_per_step(trajectory: Trajectory) -> Figure:
     steps = np.arange(1, len(counts) + 1)
     active = counts > 0
     means = counts.sum(1) / active.sum(1)
-    figure, (axes,) = _panels(1, 1, max(3.5, 0.45 * len(steps) + 1.5), 2.6)
+    figure, (axes,) = canvas.panels(1, 1, max(3.5, 0.45 * len(steps) + 1.5), 2.6)
     bars = axes.bar(steps, means, color=COLORS[0], width=0.75)
-    axes.bar_label(bars, [f"{mean:.3g}" for mean in means], fontsize=8, color=INK, padding=2)
+    axes.bar_label(bars, [f"{mean:.3g}" for mean in means], fontsize=8, color=canvas.INK, padding=2)
     if (counts.max(1) != counts.min(1)).any():  # a pace that differs between samples
         axes.plot(active.nonzero()[0] + 1, counts[active], "o", color=COLORS[1], markersize=3, alpha=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     axes.set(xlim=(0.4, len(steps) + 0.6))
     axes.margins(y=0.12)
-    _label(axes, f"{float(trajectory.steps.double().mean()):.3g} steps per image", "step", "tokens revealed")
+    canvas.label(axes, f"{float(trajectory.steps.double().mean()):.3g} steps per image", "step", "tokens revealed")
     figure.tight_layout()
     return figure
 
@@ -234,14 +195,14 @@ def curves(records: pd.DataFrame | Sequence[Mapping[str, Any]]) -> Figure:
         raise ValueError("no records given; expected at least one iteration")
     rewards = {name: f"reward: {name[8:]}" for name in table.columns if name.startswith("rewards.")}
     shown = {name: title for name, title in (rewards | PANELS).items() if name in table}
-    figure, panels = _panels(len(shown), 3, 3.3, 2.1)
+    figure, panels = canvas.panels(len(shown), 3, 3.3, 2.1)
     for axes, (name, title) in zip(panels, shown.items(), strict=True):
         smooth = table[name].rolling(10, min_periods=1).mean()
         color = COLORS[2] if name in rewards else COLORS[0]
         axes.plot(table["iteration"], table[name], color=color, alpha=0.35, linewidth=0.9)
         axes.plot(table["iteration"], smooth, color=color, linewidth=2, marker="." if len(table) < 5 else "")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-        _label(axes, f"{title}: {smooth.iloc[-1]:.3g}", "iteration")
+        canvas.label(axes, f"{title}: {smooth.iloc[-1]:.3g}", "iteration")
     figure.tight_layout()
     return figure
 
@@ -275,15 +236,15 @@ def frontier(frame: pd.DataFrame, x: str = "forwards", metric: str = "accuracy")
             line={"color": color, "width": 2.5}, marker={"size": 9, "symbol": SYMBOLS[index % len(SYMBOLS)]},
             text=[_hover(row) for row in rows.to_dict("records")], hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
-    axis = {"gridcolor": "rgba(125, 125, 125, 0.25)", "linecolor": INK, "zeroline": False}
+    axis = {"gridcolor": "rgba(125, 125, 125, 0.25)", "linecolor": canvas.INK, "zeroline": False}
     ticks = log_ticks(table[x].min(), table[x].max(), base=2 if x == "forwards" else 10)
     figure.update_xaxes(type="log", title=AXES[x], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], **axis)
     figure.update_yaxes(title=METRICS[metric], **axis)
     return figure.update_layout(
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": INK, "size": 13},
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": canvas.INK, "size": 13},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, height=430,
         margin={"l": 70, "r": 20, "t": 50, "b": 60}, hoverlabel={"align": "left"},
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": INK},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": canvas.INK},
     )  # fmt: skip
 
 
@@ -292,7 +253,7 @@ def frontier_print(
 ) -> Figure:
     """Several qualities against cost side by side, for print; takes what `frontier` takes."""
     table = with_intervals(frame)
-    figure, panels = _panels(len(metrics), len(metrics), 3.6, 3.0)
+    figure, panels = canvas.panels(len(metrics), len(metrics), 3.6, 3.0)
     ticks = log_ticks(table[x].min(), table[x].max(), base=2 if x == "forwards" else 10)
     for axes, metric in zip(panels, metrics, strict=True):
         for index, (model, rows) in enumerate(table.groupby("model", sort=False)):
@@ -303,8 +264,8 @@ def frontier_print(
         axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
         axes.set_xticks([], minor=True)
-        _label(axes, METRICS[metric].split(" (")[0], AXES[x])
-    panels[0].legend(frameon=False, fontsize=8, labelcolor=INK)
+        canvas.label(axes, METRICS[metric].split(" (")[0], AXES[x])
+    panels[0].legend(frameon=False, fontsize=8, labelcolor=canvas.INK)
     figure.tight_layout()
     return figure
 
@@ -350,58 +311,3 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight", transparent=True)
     return buffer.getvalue()
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-  background: light-dark(#fff, #16181b); color: light-dark(#1c1e21, #dfe2e6); }}
-h1, h2 {{ line-height: 1.25; }} h2 {{ margin-top: 2.5rem; }}
-img {{ max-width: 100%; }}
-.table {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }}
-th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid light-dark(#d8dbe0, #3a3f45); }}
-th, td {{ white-space: nowrap; }} th:first-child, td:first-child {{ text-align: left; }}
-</style>{script}</head><body>
-<h1>{title}</h1>
-{body}
-</body></html>
-"""
-
-
-def write_page(
-    path: Path | str,
-    figures: Mapping[str, Figure | go.Figure],
-    tables: Mapping[str, pd.DataFrame] | None = None,
-    text: str = "",
-    title: str = "Quality against speed",
-) -> Path:
-    """Write one HTML page that needs nothing else, online or off; returns its path.
-
-    Paragraphs of `text` are separated by an empty line. Each figure and table gets its heading.
-    """
-    path = Path(path)
-    paragraphs = [part for part in text.split("\n\n") if part.strip()]
-    parts = [f"<p>{html.escape(' '.join(part.split()))}</p>" for part in paragraphs]
-    for name, figure in figures.items():
-        parts.append(f"<h2>{html.escape(name)}</h2>\n{_embedded(figure, name)}")
-    for name, table in (tables or {}).items():
-        rows = table.to_html(index=False, border=0, float_format="{:.3g}".format, na_rep="-")
-        parts.append(f'<h2>{html.escape(name)}</h2>\n<div class="table">{rows}</div>')
-    interactive = any(isinstance(figure, go.Figure) for figure in figures.values())
-    script = f"\n<script>{get_plotlyjs()}</script>" if interactive else ""
-    write_atomic(path, PAGE.format(title=html.escape(title), script=script, body="\n".join(parts)))
-    return path
-
-
-def _embedded(figure: Figure | go.Figure, name: str) -> str:
-    if isinstance(figure, go.Figure):
-        return figure.to_html(
-            full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}
-        )
-    data = base64.b64encode(png(figure)).decode()
-    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'

@@ -7,7 +7,6 @@ What it leaves out on purpose: schedules other than linear warm-up and decay, se
 
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from speedrl_lab import scenes
+from speedrl_lab.average import Average
 from speedrl_lab.networks import Detector, MaskedTransformer, SmallClip, Tokenizer
 
 EMA_DECAY = 0.999
@@ -61,21 +61,28 @@ def _fit(
     learning_rate: float,
     checkpoint: Path,
     device: torch.device,
+    cycles: int = 1,
     save_every: int = 200,
 ) -> Iterator[dict[str, float]]:
-    """Minimize `loss(iteration)` and yield a record an iteration; leaves the EMA weights in `network`."""
-    average = deepcopy(network).requires_grad_(False)
+    """Minimize `loss(iteration)` and yield a record an iteration; leaves the EMA weights in `network`.
+
+    The learning rate warms up, stays, and falls to 0 over the second half of the iterations; each further
+    cycle does the same again from half the height, and so starts from weights that are usable already.
+    """
+    average = Average(network, EMA_DECAY)
     optimizers = _optimizers(network, learning_rate)
-    start = 0
+    dtype = fastest_precision(device)
+    start, length, iterations = 0, iterations, iterations * cycles
     if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = _read_checkpoint(checkpoint, device)
         if state["iterations"] != iterations:
             raise ValueError(
                 f"{checkpoint} was started for {state['iterations']} iterations, now {iterations} are "
                 "asked for; use the same number or another run name"
             )
+        dtype = getattr(torch, state["precision"])  # a second timing might choose another
         network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
+        average.load_state_dict({"updates": state["iteration"], "means": state["average"]})
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         start = state["iteration"]
@@ -84,8 +91,9 @@ def _fit(
         state = {
             "iteration": iteration,
             "iterations": iterations,
+            "precision": str(dtype).removeprefix("torch."),
             "network": network.state_dict(),
-            "average": average.state_dict(),
+            "average": average.means,
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -93,17 +101,17 @@ def _fit(
         torch.save(state, partial)
         partial.replace(checkpoint)
 
-    dtype = fastest_precision(device)
     network.train()
     began = time.perf_counter()
     done = start
     try:
         for iteration in range(start, iterations):
-            warm_up = min(1.0, (iteration + 1) / 100)
-            decay = min(1.0, (iterations - iteration) / (0.5 * iterations))
+            cycle, position = divmod(iteration, length)
+            warm_up = min(1.0, (position + 1) / 100)
+            decay = min(1.0, (length - position) / (0.5 * length))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * warm_up * decay
+                    group["lr"] = learning_rate * warm_up * decay / 2**cycle
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 value, extra = loss(iteration)
             value.backward()
@@ -111,10 +119,7 @@ def _fit(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            keep = min(EMA_DECAY, (iteration + 1) / (iteration + 10))
-            with torch.no_grad():
-                for mean, new in zip(average.parameters(), network.parameters(), strict=True):
-                    mean.lerp_(new, 1 - keep)
+            average.update(network)
             done = iteration + 1
             if done % save_every == 0:
                 save(done)
@@ -128,8 +133,20 @@ def _fit(
     except (KeyboardInterrupt, GeneratorExit):  # stopped by a person, or by leaving the loop
         save(done)
         raise
-    network.load_state_dict(average.state_dict())
+    average.copy_to(network)
     network.eval()
+
+
+def _read_checkpoint(path: Path, device: torch.device) -> dict:
+    """The state in a checkpoint; ValueError in one line for a truncated or foreign file."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is truncated or no checkpoint: {reason}") from None
+    if not isinstance(state, dict) or not {"iteration", "precision", "optimizers"} <= state.keys():
+        raise ValueError(f"{path} is no pretraining checkpoint of this project; remove it to start afresh")
+    return state
 
 
 def train_tokenizer(
@@ -214,6 +231,7 @@ def train_generator(
     device: torch.device,
     seed: int,
     learning_rate: float = 2e-3,
+    cycles: int = 1,
 ) -> Iterator[dict[str, float]]:
     """Predict masked codes with cosine mask ratios (MaskGIT, arXiv 2202.04200); captions drop with 10%."""
     num_tokens = policy.image_position.shape[0]
@@ -238,4 +256,4 @@ def train_generator(
         logits = policy(tokens, words.to(device), functional.pad(rows, (0, padding)))  # (R, V)
         return functional.cross_entropy(logits, target, ignore_index=-100), {}
 
-    return _fit(policy, loss, iterations, learning_rate, checkpoint, device)
+    return _fit(policy, loss, iterations, learning_rate, checkpoint, device, cycles)

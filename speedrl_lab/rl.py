@@ -3,44 +3,25 @@
 Read `train` top to bottom: rollout, score, advantages, update, record. The paper's code and formulas
 are not public. Ours: the step count is an action of a pace head, the order is independent of the model
 so that the replayed trajectory probability is exact, every reward is z-scored before it is weighted,
-and the penalty is the full-vocabulary KL to the starting point. Left out: several GPUs, LoRA.
+and the penalty is the full-vocabulary KL to the starting point. Left out: several GPUs.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from speedrl_lab import noise
 from speedrl_lab.advantage import Advantages, combine
-from speedrl_lab.config import TrainConfig
+from speedrl_lab.config import VARYING, TrainConfig
 from speedrl_lab.generator import MaskedGenerator
-from speedrl_lab.likelihood import visit_logits, visits
-from speedrl_lab.objective import clipped_surrogate, entropy, kl_penalty
+from speedrl_lab.learner import Learner, Rollout, Weights
 from speedrl_lab.pace import PaceHead
 from speedrl_lab.rewards import Reward
 from speedrl_lab.runs import Run
 from speedrl_lab.sampler import sample
-from speedrl_lab.trajectory import Trajectory
-
-STATE = ("iteration", "smoothed", "best_progress", "scale", "best", "first_diversity", "collapsed")
-"""What a learner remembers beside weights and optimizer."""
-SMOOTHING = 0.9
-"""Of the progress that the collapse guard watches."""
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """P * G samples, group-major, with their pictures and raw rewards."""
-
-    prompts: list[str]
-    trajectory: Trajectory
-    images: Tensor
-    rewards: dict[str, Tensor]
 
 
 def train(
@@ -64,22 +45,21 @@ def train(
         saved = run.load_checkpoint()
         if saved is not None:
             learner.restore(saved)
-    while learner.iteration < config.iterations and not learner.collapsed:
+    while learner.iteration < config.iterations and not learner.guard.collapsed:
         began = time.perf_counter()
-        drawn = rollout(generator, prompts, rewards, config, learner.iteration)
-        advantages = weigh(drawn, config)
+        drawn, weights = rollout(generator, prompts, rewards, config, learner.iteration), learner.weights
+        advantages = weigh(drawn, config, weights)
         measured = learner.update(drawn, advantages)
-        record = describe(learner, drawn, advantages, measured)
-        record["warnings"] = learner.guard(record)
+        record = describe(learner, drawn, weights, advantages, measured)
+        record["warnings"] = learner.watch(record)
         record["seconds"] = time.perf_counter() - began
         if run is not None:
             run.log(record)
-            done = learner.iteration == config.iterations or learner.collapsed
+            done = learner.iteration == config.iterations or learner.guard.collapsed
             if done or learner.iteration % config.save_every == 0:
                 run.save_checkpoint(learner.state())
         yield record
-    if learner.collapsed:
-        learner.restore_best()
+    learner.finish()
     if run is not None:
         generator.save_policy(run.path / "policy.safetensors", origin=f"Speed-RL run {run.path.name}")
 
@@ -88,17 +68,21 @@ def check(
     generator: MaskedGenerator, prompts: Sequence[str], rewards: Mapping[str, Reward], config: TrainConfig
 ) -> None:
     """Raise ValueError in one line for what would fail or be a silent no-op later."""
-    needed = [*config.quality_weights, *(["speed"] if config.speed_weight else [])]
+    fast = config.speed_weight or config.speed_form == "lagrangian" or "speed" in config.weight_schedules
+    needed = [*config.quality_weights, *(["speed"] if fast else [])]
     missing = [name for name in needed if name not in rewards]
     if missing:
         raise ValueError(
             f"reward {missing[0]!r} has a weight but is not among the rewards given ({', '.join(rewards)})"
         )
-    if config.speed_weight and config.sampler.schedule != "paced":
+    if "speed" in needed and config.sampler.schedule not in VARYING:
         raise ValueError(
             f"speed_weight={config.speed_weight} cannot act with schedule={config.sampler.schedule!r}: every "
             "sample of a group takes the same number of steps; use schedule='paced' or speed_weight=0"
         )
+    unknown = [name for name in config.quality_floor if name not in rewards]
+    if unknown:
+        raise ValueError(f"quality_floor names {unknown[0]!r}, which is not among the rewards ({', '.join(rewards)})")
     if not prompts:
         raise ValueError("no training prompts given; expected at least one")
     if config.sampler.steps > generator.spec.num_tokens:
@@ -126,166 +110,32 @@ def rollout(
     images = generator.decode(trajectory.tokens)
     scored = {name: reward(images, repeated, trajectory).float() for name, reward in rewards.items()}
     for name, value in scored.items():
-        if value.shape != (len(repeated),) or not value.isfinite().all():
+        unusable = value.isinf().any() or value.isnan().all()
+        if value.shape != (len(repeated),) or unusable:
             raise ValueError(
                 f"reward {name!r} gave shape {tuple(value.shape)}"
-                f"{'' if value.isfinite().all() else ' with non-finite values'}; "
-                f"expected {len(repeated)} finite numbers"
+                f"{' with infinite values or nothing but NaN' if unusable else ''}; expected {len(repeated)} numbers "
+                "(NaN for a sample that cannot be scored)"
             )
     return Rollout(repeated, trajectory, images, scored)
 
 
-def weigh(drawn: Rollout, config: TrainConfig) -> Advantages:
-    """The advantages of a rollout, as the config weighs its rewards; one step of speed is 1 / N."""
+def weigh(drawn: Rollout, config: TrainConfig, weights: Weights) -> Advantages:
+    """The advantages of a rollout under the weights of its iteration; one step of speed is 1 / N."""
+    num_tokens = drawn.trajectory.tokens.shape[1]
     return combine(
         drawn.rewards,
-        config.quality_weights,
-        config.speed_weight,
+        weights.quality,
+        weights.speed,
         config.group_size,
         config.advantage_std,
         config.filter_quantile,
         config.low_quality,
-        step_reward=1 / drawn.trajectory.tokens.shape[1],
+        step_reward=1 / num_tokens,
+        speed_form=config.speed_form,
+        quality_floor=config.quality_floor,
+        slowest=config.sampler.steps / num_tokens,
     )
-
-
-class Learner:
-    """What changes during training: weights, optimizers, counters, guards; all of it in `state`."""
-
-    def __init__(self, generator: MaskedGenerator, config: TrainConfig):
-        self.generator, self.config = generator, config
-        self.reference = generator.copy()
-        self.reference.policy.requires_grad_(False)
-        self.modules: dict[str, nn.Module] = {"policy": generator.policy}
-        groups = [{"params": list(generator.policy.parameters()), "lr": config.learning_rate}]
-        if config.sampler.schedule == "paced":
-            self.modules["pace"] = generator.pace
-            groups.append({"params": list(generator.pace.parameters()), "lr": config.pace_learning_rate})
-        self.optimizer = torch.optim.Adam(groups)
-        self.rates = [group["lr"] for group in groups]
-        self.iteration = 0
-        self.smoothed: float | None = None
-        self.best_progress: float | None = None
-        self.scale: dict[str, tuple[float, float]] | None = None
-        self.best = self.played = self._weights()
-        self.first_diversity: float | None = None
-        self.collapsed = False
-
-    def _weights(self) -> dict[str, dict[str, Tensor]]:
-        return {name: deepcopy(module.state_dict()) for name, module in self.modules.items()}
-
-    def update(self, drawn: Rollout, advantages: Advantages) -> dict[str, float]:
-        """Learn from one rollout: `inner_epochs` optimizer steps on surrogate minus KL.
-
-        Loss a sample = - mean over its N tokens of (clipped surrogate - kl_weight * KL), and minus the
-        surrogate of its pace actions; averaged over the B samples.
-        """
-        self.played = self._weights()  # what drew the rollout, and what its quality belongs to
-        warm_up = min(1.0, (self.iteration + 1) / max(1, self.config.warmup_iterations))
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * min(warm_up, 1 - self.iteration / self.config.iterations)
-        for _ in range(self.config.inner_epochs):
-            self.optimizer.zero_grad(set_to_none=True)
-            measured = self._backward(drawn, advantages)
-            norm = nn.utils.clip_grad_norm_(self.generator.policy.parameters(), 1.0)
-            self.optimizer.step()
-        self.iteration += 1
-        return {**measured, "gradient_norm": float(norm)}
-
-    def _backward(self, drawn: Rollout, advantages: Advantages) -> dict[str, float]:
-        """Accumulate gradients over micro-batches of visited states; returns means over tokens."""
-        config, trajectory = self.config, drawn.trajectory
-        cond = self.generator.encode(drawn.prompts)
-        count, num_tokens = trajectory.tokens.shape
-        totals = dict.fromkeys(("kl", "entropy", "clip_fraction", "approx_kl"), 0.0)
-        most = 0.0
-        for visit in visits(trajectory, config.micro_batch_size):
-            log_probs = visit_logits(self.generator, visit, cond, config.sampler)  # (R, V)
-            with torch.no_grad():
-                anchor = visit_logits(self.reference, visit, cond, config.sampler)
-            chosen = log_probs.gather(1, visit.codes[:, None]).squeeze(1)
-            old = trajectory.log_prob[visit.owners, visit.positions]
-            advantage = advantages.advantage[visit.owners]
-            value, ratio, clipped = clipped_surrogate(chosen, old, advantage, config.clip_range)
-            kl = kl_penalty(log_probs, anchor, config.kl_estimator)
-            loss = -(value - config.kl_weight * kl).sum() / (count * num_tokens)
-            loss.backward()
-            totals["kl"] += float(kl.detach().sum())
-            totals["entropy"] += float(entropy(log_probs.detach()).sum())
-            totals["clip_fraction"] += float(clipped.sum())
-            totals["approx_kl"] += float((old - chosen.detach()).sum())
-            most = max(most, float((ratio.detach() - 1).abs().max()))
-        measured = {name: total / (count * num_tokens) for name, total in totals.items()}
-        measured["ratio_deviation"] = most
-        if trajectory.pace is not None:
-            measured["pace_entropy"] = self._backward_pace(trajectory, advantages.advantage)
-        return measured
-
-    def _backward_pace(self, trajectory: Trajectory, advantage: Tensor) -> float:
-        """Gradient of the pace head from stored features; the path through the network is left out."""
-        acted = trajectory.pace >= 0  # (B, T)
-        log_probs = self.generator.pace(trajectory.pace_features[acted])  # (A, K)
-        chosen = log_probs.gather(1, trajectory.pace[acted][:, None]).squeeze(1)
-        owner = acted.nonzero()[:, 0]
-        old = trajectory.pace_log_prob[acted]
-        value, _, _ = clipped_surrogate(chosen, old, advantage[owner], self.config.clip_range)
-        (-value.sum() / len(trajectory)).backward()
-        return float(entropy(log_probs.detach()).mean()) if len(owner) else 0.0
-
-    def guard(self, record: Mapping[str, Any]) -> list[str]:
-        """Watch quality and diversity; remember the best weights; say in words what is wrong."""
-        progress, warnings = self.progress(record), []
-        before = progress if self.smoothed is None else self.smoothed
-        self.smoothed = SMOOTHING * before + (1 - SMOOTHING) * progress
-        if self.best_progress is None or self.smoothed >= self.best_progress:
-            self.best_progress, self.best = self.smoothed, self.played
-        if self.smoothed < self.best_progress - self.config.collapse_drop:
-            self.collapsed = True
-            warnings.append(
-                f"collapse: smoothed progress {self.smoothed:.2f} fell more than {self.config.collapse_drop:g} "
-                f"below its best {self.best_progress:.2f}; best weights restored"
-            )
-        if self.first_diversity is None:
-            self.first_diversity = record["diversity"]
-        if record["diversity"] < self.config.diversity_floor * self.first_diversity:
-            warnings.append(
-                f"diversity {record['diversity']:.3f} is below {self.config.diversity_floor:.0%} of its "
-                "start; raise kl_weight or give 'novelty' a weight"
-            )
-        for name in record["silent_rewards"]:
-            warnings.append(f"reward {name!r} does not vary inside any group, so its weight does nothing")
-        return warnings
-
-    def progress(self, record: Mapping[str, Any]) -> float:
-        """Weighted rise of the quality rewards, each in its within-group deviations of iteration 1."""
-        weights = self.config.quality_weights
-        if self.scale is None:
-            self.scale = {name: (record["rewards"][name], max(record["rewards_std"][name], 1e-3)) for name in weights}
-        rises = [
-            weight * (record["rewards"][name] - self.scale[name][0]) / self.scale[name][1]
-            for name, weight in weights.items()
-        ]
-        return sum(rises) / sum(map(abs, weights.values()))
-
-    def restore_best(self) -> None:
-        """Put the weights of the best smoothed quality back."""
-        for name, module in self.modules.items():
-            module.load_state_dict(self.best[name])
-
-    def state(self) -> dict[str, Any]:
-        """Everything a checkpoint needs; random numbers depend on the iteration alone."""
-        kept = {name: getattr(self, name) for name in STATE}
-        modules = {**self._weights(), "reference": self.reference.policy.state_dict()}
-        return {**kept, "modules": modules, "optimizer": self.optimizer.state_dict()}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint made by `state`."""
-        for name, module in self.modules.items():
-            module.load_state_dict(state["modules"][name])
-        self.reference.policy.load_state_dict(state["modules"]["reference"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name in STATE:
-            setattr(self, name, state[name])
 
 
 def within_group_diversity(images: Tensor, group_size: int) -> float:
@@ -295,22 +145,23 @@ def within_group_diversity(images: Tensor, group_size: int) -> float:
     return float(distances.sum() / (len(groups) * group_size * (group_size - 1)))
 
 
-def describe(learner: Learner, drawn: Rollout, advantages: Advantages, measured: Mapping[str, float]) -> dict[str, Any]:
+def describe(
+    learner: Learner, drawn: Rollout, weights: Weights, advantages: Advantages, measured: Mapping[str, float]
+) -> dict[str, Any]:
     """The record of one iteration: plain numbers, names as TRL logs them where it has the same."""
     config, trajectory = learner.config, drawn.trajectory
-    raw = {name: float(value.mean()) for name, value in drawn.rewards.items()}
-    weights = config.quality_weights
-    quality = sum(weight * raw[name] for name, weight in weights.items()) / sum(map(abs, weights.values()))
+    raw = {name: float(value.nanmean()) for name, value in drawn.rewards.items()}
+    quality = sum(weight * raw[name] for name, weight in weights.quality.items())
+    quality = quality / max(sum(map(abs, weights.quality.values())), 1e-9)
     return {
         "iteration": learner.iteration,
-        "reward": quality + config.speed_weight * raw.get("speed", 0.0),
+        "reward": quality + weights.speed * raw.get("speed", 0.0),
         "quality": quality,
         "rewards": raw,
-        "rewards_std": {
-            name: float(value.unflatten(0, (-1, config.group_size)).std(1).mean())
-            for name, value in drawn.rewards.items()
-        },
+        "rewards_std": {name: within_group_std(value, config.group_size) for name, value in drawn.rewards.items()},
+        "weights": {**weights.quality, "speed": weights.speed, "kl": weights.kl},
         "effective_weights": advantages.effective_weights,
+        "masked": advantages.masked,
         "steps": float(trajectory.steps.float().mean()),
         "forwards": int(trajectory.forwards.sum()),
         "diversity": within_group_diversity(drawn.images, config.group_size),
@@ -318,5 +169,15 @@ def describe(learner: Learner, drawn: Rollout, advantages: Advantages, measured:
         "silent_groups": advantages.silent_groups,
         "silent_rewards": list(advantages.silent_rewards),
         "learning_rate": learner.optimizer.param_groups[0]["lr"],
+        "optimizer_steps": learner.optimizer_steps,
         **measured,
     }
+
+
+def within_group_std(values: Tensor, group_size: int) -> float:
+    """Standard deviation inside a group, averaged over groups; NaN values (B,) are left out."""
+    groups = values.unflatten(0, (-1, group_size))  # (P, G)
+    known = (~groups.isnan()).sum(1, keepdim=True)
+    squared = (groups - groups.nanmean(1, keepdim=True)).square().nansum(1, keepdim=True)
+    std = (squared / (known - 1).clamp(min=1)).sqrt()[known >= 2]
+    return float(std.mean()) if len(std) else 0.0

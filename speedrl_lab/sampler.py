@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedrl_lab import noise
-from speedrl_lab.config import SamplerConfig
+from speedrl_lab.config import VARYING, SamplerConfig
 from speedrl_lab.generator import Cond, MaskedGenerator, StepInfo, guided_logits
 from speedrl_lab.pace import FEATURES, pace_counts, pace_features
 from speedrl_lab.schedules import halton_order, reveal_counts, shifted_orders
@@ -42,6 +42,23 @@ def inverse_cdf(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target).squeeze(1).clamp(max=log_probs.shape[1] - 1)
 
 
+def plackett_luce(scores: Tensor, picks: Tensor) -> Tensor:
+    """Log-probability (B,) of drawing the indices `picks` (B, k) in this order, without replacement.
+
+    Each draw is a softmax over the scores (B, M) still there; adding Gumbel noise to the scores and taking
+    the k largest, in order, draws from it (Plackett-Luce; Kool et al., arXiv 1903.06059).
+    """
+    chosen = scores.gather(1, picks)  # (B, k)
+    rest = scores.scatter(1, picks, -torch.inf).logsumexp(1, keepdim=True)  # (B, 1), never drawn
+    left = torch.cat([chosen, rest], 1).flip(1).logcumsumexp(1).flip(1)  # (B, k + 1), there at each draw
+    return (chosen - left[:, :-1]).sum(1)
+
+
+def choice_level(sampler: SamplerConfig, step: int) -> float:
+    """Scale of the Gumbel noise on the confidences at a step; 0 at the last one, where all are kept."""
+    return sampler.choice_temperature * (1 - (step + 1) / sampler.steps)
+
+
 def fixed_orders(generator: MaskedGenerator, sampler: SamplerConfig, keys: Tensor) -> Tensor:
     """Positions in the order of revealing, int64 (B, N): Halton shifted and flipped a row, or random."""
     grid, num_tokens = generator.spec.grid, generator.spec.num_tokens
@@ -49,6 +66,22 @@ def fixed_orders(generator: MaskedGenerator, sampler: SamplerConfig, keys: Tenso
         return noise.uniforms(keys, noise.ORDER, 0, num_tokens).argsort(1)
     uniforms = noise.uniforms(keys, noise.ORDER, 0, 4)
     return shifted_orders(halton_order(*grid).to(keys.device), grid, uniforms)
+
+
+def fixed_counts(num_tokens: int, sampler: SamplerConfig, keys: Tensor) -> Tensor:
+    """How many positions each step reveals as far as it does not depend on the model, int64 (B, T).
+
+    For a random budget each row has its own number of steps, zeros after it. Raises ValueError for
+    steps > N.
+    """
+    kind = sampler.schedule if sampler.schedule in ("cosine", "linear") else "power"
+    if sampler.schedule != "random_budget":
+        counts = reveal_counts(num_tokens, sampler.steps, kind, sampler.power)
+        return counts.to(keys.device).expand(len(keys), -1)
+    budgets = range(1, sampler.steps + 1)
+    table = [functional.pad(reveal_counts(num_tokens, n, kind, sampler.power), (0, sampler.steps - n)) for n in budgets]
+    drawn = (noise.uniforms(keys, noise.BUDGET, 0, 1)[:, 0] * sampler.steps).long()  # (B,)
+    return torch.stack(table).to(keys.device)[drawn]
 
 
 @torch.no_grad()
@@ -71,8 +104,7 @@ def sample(
             f"schedule='paced' needs a pace head and generator {spec.name!r} has none; "
             "load one with policy=<file>, train one, or take schedule='cosine'"
         )
-    fixed = "linear" if sampler.schedule == "paced" else sampler.schedule  # paced: only checks steps <= N
-    counts = reveal_counts(spec.num_tokens, sampler.steps, fixed, sampler.power)
+    reveal_counts(spec.num_tokens, sampler.steps)  # raises where there are more steps than tokens
     if len(prompts) == 0:
         raise ValueError("no prompts given; expected at least one")
     cond = generator.encode(prompts)
@@ -80,15 +112,13 @@ def sample(
     state = _Unmasking(generator, sampler, keys, cond)
     for step in range(sampler.steps):
         before = state.tokens
-        if sampler.schedule == "paced":
-            state.paced_step(step)
-        elif sampler.order == "confidence":
-            state.confidence_step(step, int(counts[step]))
+        if sampler.order == "confidence":
+            state.confidence_step(step)
         else:
-            state.ordered_step(step, int(counts[step]))
+            state.ordered_step(step)
         if on_step is not None:
             on_step({"step": step, "tokens": state.tokens.clone(), "revealed": state.tokens != before})
-        if sampler.schedule == "paced" and not len(state.alive):
+        if not len(state.alive):
             break
     return state.record()
 
@@ -105,8 +135,13 @@ class _Unmasking:
         self.known = torch.zeros(count, dtype=torch.int64, device=device)  # how many are revealed
         self.steps = torch.zeros_like(self.known)
         self.alive = torch.arange(count, device=device)
-        self.order = None if sampler.order == "confidence" else fixed_orders(generator, sampler, keys)
-        paced = sampler.schedule == "paced"
+        self.counts = fixed_counts(spec.num_tokens, sampler, keys)
+        confident, paced = sampler.order == "confidence", sampler.schedule == "paced"
+        each = (count, sampler.steps, spec.num_tokens)
+        self.order = torch.zeros_like(self.tokens) if confident else fixed_orders(generator, sampler, keys)
+        self.proposals = torch.full(each, -1, device=device) if confident else None
+        self.proposal_log_prob = torch.zeros(each, device=device) if confident else None
+        self.choice_log_prob = torch.zeros(each[:2], device=device) if confident else None
         self.pace = torch.full((count, sampler.steps), -1, device=device) if paced else None
         self.pace_log_prob = torch.zeros(count, sampler.steps, device=device) if paced else None
         self.pace_features = torch.zeros(count, sampler.steps, FEATURES, device=device) if paced else None
@@ -138,54 +173,62 @@ class _Unmasking:
         self.log_prob[where] = log_prob[keep]
         self.known[self.alive] += keep.sum(1)
         self.steps[self.alive] += 1
-        if self.pace is not None:
+        if self.sampler.schedule in VARYING:
             self.alive = self.alive[self.known[self.alive] < self.tokens.shape[1]]
 
-    def ordered_step(self, step: int, count: int) -> None:
-        """Reveal the next `count` positions of each row's order."""
-        first = int(self.known[0])  # equal in every row of a fixed schedule
-        positions = self.order[:, first : first + count]  # (B, count)
+    def ordered_step(self, step: int) -> None:
+        """Reveal the next positions of each row's order, as many as the schedule or the policy says."""
+        num_tokens = self.tokens.shape[1]
+        known, counts = self.known[self.alive], self.counts[self.alive, step]  # (A,)
+        remaining = num_tokens - known
+        looks_ahead = self.sampler.schedule in ("paced", "threshold")
+        width = int((remaining if looks_ahead else counts).max())
+        offsets = torch.arange(width, device=known.device)
+        index = (known[:, None] + offsets).clamp(max=num_tokens - 1)
+        positions = self.order[self.alive].gather(1, index)  # (A, width)
         log_probs = self._log_probs(positions, step)
+        if looks_ahead and step == self.sampler.steps - 1:
+            counts = remaining
+        elif self.sampler.schedule == "paced":
+            counts = self._paced(log_probs, remaining, step)
+        elif self.sampler.schedule == "threshold":
+            sure = (log_probs.amax(-1).exp() * (offsets < remaining[:, None])).sum(1) / remaining
+            counts = torch.where(sure >= self.sampler.stop_confidence, remaining, counts)
         drawn, log_prob = self._draw(log_probs, positions, step)
-        self._fix(positions, drawn, log_prob, torch.ones_like(positions, dtype=torch.bool), step)
+        self._fix(positions, drawn, log_prob, offsets < counts[:, None], step)
 
-    def confidence_step(self, step: int, count: int) -> None:
-        """Propose every masked token, keep the `count` most confident (MaskGIT, arXiv 2202.04200)."""
+    def _paced(self, log_probs: Tensor, remaining: Tensor, step: int) -> Tensor:
+        """How many positions the pace head reveals of the rows alive, (A,); records the action."""
+        num_tokens = self.tokens.shape[1]
+        entropies = -(log_probs.exp() * log_probs).sum(-1)  # (A, width)
+        padding = (0, num_tokens - entropies.shape[1])
+        features = pace_features(functional.pad(entropies, padding), remaining)
+        choices = self.generator.pace(features)  # (A, K)
+        uniforms = noise.uniforms(self.keys[self.alive], noise.PACE, step, 1)[:, 0]
+        taken = choices.argmax(1) if self.sampler.greedy_pace else inverse_cdf(choices, uniforms)
+        self.pace[self.alive, step] = taken
+        self.pace_features[self.alive, step] = features
+        self.pace_log_prob[self.alive, step] = choices.gather(1, taken[:, None]).squeeze(1)
+        return torch.minimum(pace_counts(num_tokens).to(taken.device)[taken], remaining)
+
+    def confidence_step(self, step: int) -> None:
+        """Propose every masked token, keep the most confident (MaskGIT, arXiv 2202.04200)."""
+        first, count = int(self.known[0]), int(self.counts[0, step])  # equal in every row
         masked = self.reveal_step < 0
         positions = masked.nonzero()[:, 1].unflatten(0, (len(self.tokens), -1))  # (B, M)
         log_probs = self._log_probs(positions, step)
         drawn, log_prob = self._draw(log_probs, positions, step)
         uniforms = noise.uniforms(self.keys, noise.CHOICE, step, self.tokens.shape[1]).gather(1, positions)
-        level = self.sampler.choice_temperature * (1 - (step + 1) / self.sampler.steps)
+        level = choice_level(self.sampler, step)
         confidence = log_prob - level * (-uniforms.log()).log()
-        best = confidence.topk(count, dim=1).indices
+        best = confidence.topk(count, dim=1).indices  # (B, count), most confident first
+        self.order[:, first : first + count] = positions.gather(1, best)
+        self.proposals[:, step].scatter_(1, positions, drawn)
+        self.proposal_log_prob[:, step].scatter_(1, positions, log_prob)
+        if level > 0:
+            self.choice_log_prob[:, step] = plackett_luce(log_prob / level, best)
         keep = torch.zeros_like(positions, dtype=torch.bool).scatter(1, best, True)
         self._fix(positions, drawn, log_prob, keep, step)
-
-    def paced_step(self, step: int) -> None:
-        """Let the pace head choose how many of the next positions to reveal, then reveal them."""
-        num_tokens = self.tokens.shape[1]
-        known = self.known[self.alive]  # (A,)
-        remaining = num_tokens - known
-        width = int(remaining.max())
-        offsets = torch.arange(width, device=known.device)
-        index = (known[:, None] + offsets).clamp(max=num_tokens - 1)
-        positions = self.order[self.alive].gather(1, index)  # (A, width)
-        log_probs = self._log_probs(positions, step)
-        if step == self.sampler.steps - 1:
-            reveal = remaining
-        else:
-            entropies = -(log_probs.exp() * log_probs).sum(-1)  # (A, width)
-            features = pace_features(functional.pad(entropies, (0, num_tokens - width)), remaining)
-            choices = self.generator.pace(features)  # (A, K)
-            uniforms = noise.uniforms(self.keys[self.alive], noise.PACE, step, 1)[:, 0]
-            taken = choices.argmax(1) if self.sampler.greedy_pace else inverse_cdf(choices, uniforms)
-            self.pace[self.alive, step] = taken
-            self.pace_features[self.alive, step] = features
-            self.pace_log_prob[self.alive, step] = choices.gather(1, taken[:, None]).squeeze(1)
-            reveal = torch.minimum(pace_counts(num_tokens).to(taken.device)[taken], remaining)
-        drawn, log_prob = self._draw(log_probs, positions, step)
-        self._fix(positions, drawn, log_prob, offsets < reveal[:, None], step)
 
     def record(self) -> Trajectory:
         """The finished trajectory."""
@@ -197,7 +240,11 @@ class _Unmasking:
             forwards=self.steps * guided,
             log_prob=self.log_prob,
             mask_id=self.generator.spec.mask_id,
+            sampler=self.sampler,
             order=self.order,
+            proposals=self.proposals,
+            proposal_log_prob=self.proposal_log_prob,
+            choice_log_prob=self.choice_log_prob,
             pace=self.pace,
             pace_features=self.pace_features,
             pace_log_prob=self.pace_log_prob,

@@ -2,42 +2,35 @@
 
 A scene is one object, two of a kind, or two different objects in a relation, on a named background.
 The caption never says which drawing style, size or position to use: those are what diversity is
-measured on. This module holds the grammar, the deterministic split and the compositor; it knows
-nothing of networks. Sprites and their licences: `data/emoji_scenes`.
+measured on. This module holds the grammar, the deterministic split and what is drawn at random for a
+caption; the compositor paints it. Neither knows anything of networks.
 """
 
 import difflib
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import cache
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-FOLDER = DATA / "emoji_scenes"
+from speedrl_lab.compositor import (
+    COLORS,
+    DATA,
+    IMAGE_SIZE,
+    LARGE,
+    OBJECTS,
+    SMALL,
+    STRIDE,
+    STYLES,
+    Layout,
+    paint,
+)
 
-OBJECTS = (
-    "dog", "cat", "car", "apple", "banana", "tree", "star", "heart", "house", "fish", "ball", "flower",
-    "pizza", "book", "rocket", "boat", "frog", "pig", "mushroom", "umbrella", "guitar", "clock", "key", "cake",
-)  # fmt: skip
-STYLES = ("noto", "twemoji", "fluent-emoji-flat")
-COLORS = {
-    "white": (245, 245, 245), "black": (25, 25, 28), "red": (200, 60, 55), "green": (70, 150, 80),
-    "blue": (70, 110, 200), "yellow": (235, 205, 80), "purple": (130, 80, 170), "gray": (140, 140, 145),
-}  # fmt: skip
 KINDS = ("one", "two", "and", "left", "above")
 SPLITS = ("train", "validation", "test", "composition")
 
-IMAGE_SIZE = 32
-SMALL, LARGE = 16, 24  # sprite sizes in pixels; pairs are always small
-STRIDE = 4  # sprites sit on the token grid
 MAX_WORDS = 12
 _PLURALS = {name: "fish" if name == "fish" else name + "s" for name in OBJECTS}
 _SINGULARS = {plural: name for name, plural in _PLURALS.items()} | {"fishes": "fish"}
@@ -175,7 +168,7 @@ def draw_scenes(count: int, split: str, rng: torch.Generator) -> list[Scene]:
 
 def load_prompts(split: str = "test", count: int | None = None) -> list[str]:
     """Read the committed prompts of a split, all or the first `count`; raises ValueError if too few."""
-    path = FOLDER / "prompts" / f"{split}.txt"
+    path = DATA / "emoji_scenes" / "prompts" / f"{split}.txt"
     if split not in SPLITS:
         nearest = difflib.get_close_matches(split, SPLITS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown split {split!r}; nearest: {nearest!r}")
@@ -183,40 +176,6 @@ def load_prompts(split: str = "test", count: int | None = None) -> list[str]:
     if count is not None and not 0 < count <= len(prompts):
         raise ValueError(f"asked for {count} {split} prompts; {path.name} holds {len(prompts)}")
     return prompts[:count]
-
-
-@lru_cache(maxsize=4)
-def sprites(size: int) -> Tensor:
-    """The sprites at one size, premultiplied RGBA float32 (objects, styles, 4, size, size) in [0, 1]."""
-    names = json.loads((FOLDER / "atlas.json").read_text())
-    cell = names["size"]
-    pixels = np.asarray(Image.open(FOLDER / "atlas.png").convert("RGBA"), dtype=np.float32) / 255
-    atlas = torch.from_numpy(pixels)  # (styles*cell, objects*cell, 4)
-    atlas = atlas.unflatten(1, (-1, cell)).unflatten(0, (-1, cell))  # (S, cell, O, cell, 4)
-    atlas = atlas.permute(2, 0, 4, 1, 3)  # (O, S, 4, cell, cell)
-    atlas = torch.cat([atlas[:, :, :3] * atlas[:, :, 3:], atlas[:, :, 3:]], 2)
-    flat = atlas.flatten(0, 1)
-    small = functional.interpolate(flat, size=(size, size), mode="bilinear", antialias=True)
-    return small.clamp(0, 1).unflatten(0, atlas.shape[:2])
-
-
-@dataclass
-class Layout:
-    """Where things are, one row a scene: object and style ids, top-left pixels, size, background id.
-
-    `objects`, `styles`, `tops`, `lefts` are int64 (B, 2); the second slot is -1 in `objects` when the
-    scene has one object. `sizes` and `backgrounds` are int64 (B,).
-    """
-
-    objects: Tensor
-    styles: Tensor
-    tops: Tensor
-    lefts: Tensor
-    sizes: Tensor
-    backgrounds: Tensor
-
-    def __len__(self) -> int:
-        return len(self.sizes)
 
 
 def draw_layouts(scenes: Sequence[Scene], rng: torch.Generator) -> Layout:
@@ -252,29 +211,6 @@ def draw_layouts(scenes: Sequence[Scene], rng: torch.Generator) -> Layout:
     backgrounds = torch.tensor(named)
     backgrounds = torch.where(backgrounds < 0, integers(len(COLORS), count), backgrounds)
     return Layout(objects, integers(len(STYLES), count, 2), tops, lefts, sizes, backgrounds)
-
-
-def paint(layout: Layout) -> Tensor:
-    """Compose the pictures of a layout, float32 (B, 3, 32, 32) in [0, 1]."""
-    palette = torch.tensor(list(COLORS.values()), dtype=torch.float32) / 255
-    canvas = palette[layout.backgrounds][:, :, None, None].repeat(1, 1, IMAGE_SIZE, IMAGE_SIZE)
-    for slot in range(2):
-        for size in (SMALL, LARGE):
-            rows = torch.nonzero((layout.sizes == size) & (layout.objects[:, slot] >= 0)).flatten()
-            if len(rows) == 0:
-                continue
-            sprite = sprites(size)[layout.objects[rows, slot], layout.styles[rows, slot]]  # (R, 4, s, s)
-            span = torch.arange(size)
-            where = (
-                rows[:, None, None],
-                slice(None),
-                (layout.tops[rows, slot][:, None] + span)[:, :, None],
-                (layout.lefts[rows, slot][:, None] + span)[:, None, :],
-            )
-            under = canvas[where]  # (R, s, s, 3)
-            alpha = sprite[:, 3:].permute(0, 2, 3, 1)
-            canvas[where] = sprite[:, :3].permute(0, 2, 3, 1) + under * (1 - alpha)
-    return canvas
 
 
 def draw_batch(count: int, split: str, seed: int) -> tuple[list[Scene], Layout, Tensor]:

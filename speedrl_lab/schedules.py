@@ -1,6 +1,8 @@
-"""Pure functions: how many positions each step reveals, and in which order."""
+"""Pure functions: how many positions each step reveals, in which order; and what moves with the iteration."""
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -69,3 +71,21 @@ def shifted_orders(order: Tensor, grid: tuple[int, int], uniforms: Tensor) -> Te
     row = torch.where(uniforms[:, 2:3] < 0.5, rows - 1 - row, row)
     column = torch.where(uniforms[:, 3:] < 0.5, columns - 1 - column, column)
     return row * columns + column
+
+
+def piecewise_linear(points: Sequence[tuple[int, float]], iteration: int) -> float:
+    """Value at `iteration` of the line through (iteration, value) points, constant before and after them.
+
+    Raises ValueError for no points, or points whose iterations do not increase.
+    """
+    if not points:
+        raise ValueError("points=[]: expected at least one [iteration, value]")
+    places = [place for place, _ in points]
+    if any(after <= before for before, after in pairwise(places)):
+        raise ValueError(f"points at iterations {', '.join(map(str, places))}: expected iterations that increase")
+    if iteration <= places[0]:
+        return float(points[0][1])
+    for (left, low), (right, high) in pairwise(points):
+        if iteration <= right:
+            return low + (high - low) * (iteration - left) / (right - left)
+    return float(points[-1][1])

@@ -5,14 +5,17 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from speedrl_lab.config import TrainConfig
 from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.learner import Learner, weights_at
 from speedrl_lab.likelihood import trajectory_log_prob
 from speedrl_lab.objective import clipped_surrogate
 from speedrl_lab.pace import PaceHead
 from speedrl_lab.rewards import Reward
-from speedrl_lab.rl import Learner, check, rollout, weigh
+from speedrl_lab.rl import check, rollout, weigh
+from speedrl_lab.trajectory import Trajectory
 
 
 def selftest(
@@ -27,20 +30,20 @@ def selftest(
     paced = config.sampler.schedule == "paced"
     if paced and trial.pace is None:
         trial.pace = PaceHead().reset(config.seed).to(generator.device)
-    small = replace(config, num_groups=min(4, config.num_groups), warmup_iterations=0, inner_epochs=1)
+    small = replace(config, num_groups=min(4, config.num_groups), warmup_iterations=0)
     first = rollout(trial, prompts, rewards, small, iteration=0)
     # One prompt twice: other prompts would hide equal noise.
     once, again = (rollout(trial, prompts[:1], rewards, small, iteration) for iteration in (0, 1))
-    advantages = weigh(first, config)
+    advantages = weigh(first, config, weights_at(config, 0))
     with torch.no_grad():
-        replayed = trajectory_log_prob(trial, first.prompts, first.trajectory, config.sampler)
-    stored = first.trajectory.log_prob.sum(1)
-    if paced:
-        stored = stored + first.trajectory.pace_log_prob.sum(1)
+        factor = config.order_factor
+        replayed = trajectory_log_prob(trial, first.prompts, first.trajectory, config.sampler, order_factor=factor)
+    stored = stored_log_prob(first.trajectory, factor)
     error = float((replayed - stored).abs().max() / stored.abs().max().clamp(min=1))
     learner = Learner(trial, small)
     started = learner.update(first, advantages)
     nudged = learner.update(first, advantages)
+    planned = 2 * config.inner_epochs
     surrogate = clipped_surrogate(
         torch.tensor([1.0, -1.0]), torch.zeros(2), torch.tensor([1.0, -1.0]), config.clip_range
     )
@@ -54,11 +57,12 @@ def selftest(
         ("KL is 0 at the start (nats a token)", started["kl"], abs(started["kl"]) < 1e-4),
         ("KL is above 0 after an update", nudged["kl"], nudged["kl"] > 0),
         ("the clip fires on forced ratios (share)", clipped, clipped == 1.0),
+        ("optimizer steps beyond those planned", learner.optimizer_steps - planned, learner.optimizer_steps == planned),
         ("noise differs between iterations (share of equal tokens)", same, same < 1.0),
         ("some group has a signal (silent groups)", float(advantages.silent_groups),
          advantages.silent_groups < small.num_groups),
     ]  # fmt: skip
-    if config.speed_weight:
+    if "speed" in advantages.effective_weights:
         rows.append(("steps vary, so that speed can act (std)", spread, spread > 0))
     table = pd.DataFrame(rows, columns=["name", "value", "passed"])
     failed = table[~table.passed]
@@ -66,3 +70,12 @@ def selftest(
         reasons = [f"{name} = {value:.3g}" for name, value in zip(failed.name, failed.value, strict=True)]
         raise RuntimeError(f"self-test failed: {'; '.join(reasons)}")
     return table
+
+
+def stored_log_prob(trajectory: Trajectory, order_factor: str = "exact") -> Tensor:
+    """Log-probability of each trajectory as it was recorded while drawing, (B,)."""
+    if trajectory.proposals is not None and order_factor == "exact":
+        total = trajectory.proposal_log_prob.sum((1, 2)) + trajectory.choice_log_prob.sum(1)
+    else:
+        total = trajectory.log_prob.sum(1)
+    return total if trajectory.pace is None else total + trajectory.pace_log_prob.sum(1)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from speedrl_lab.config import SamplerConfig
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -26,8 +28,16 @@ class Trajectory:
     """Log-probability of each token when it was drawn, float32 (B, N)."""
     mask_id: int
     """Input id of the mask."""
+    sampler: SamplerConfig | None = None
+    """The settings it was drawn with; likelihoods refuse any others."""
     order: Tensor | None = None
-    """Positions in the order of revealing, int64 (B, N), where it is fixed beforehand."""
+    """Positions in the order of revealing, int64 (B, N): fixed beforehand, or made by the confidence draw."""
+    proposals: Tensor | None = None
+    """Confidence order: token proposed for each masked position at each step, int64 (B, T, N), else -1."""
+    proposal_log_prob: Tensor | None = None
+    """Confidence order: log-probability of each proposal, float32 (B, T, N), 0 where none was made."""
+    choice_log_prob: Tensor | None = None
+    """Confidence order: log-probability of each step's ordered choice among the proposals, float32 (B, T)."""
     pace: Tensor | None = None
     """Pace action taken at each step, int64 (B, T), -1 where none was taken."""
     pace_features: Tensor | None = None

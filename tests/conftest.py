@@ -49,6 +49,8 @@ class ToyPolicy(nn.Module):
 class ToyGenerator:
     """2x2 tokens of 3 codes, the mask's id above them: all 81 outcomes can be enumerated."""
 
+    lora_targets = ("first", "last")
+
     spec = GeneratorSpec(
         name="toy", grid=(2, 2), image_size=(2, 2), codebook_size=3, mask_id=4, conditioning="text",
         time_input="none",

@@ -101,8 +101,9 @@ def test_flat_settings_round_trip_with_every_kind_of_knob():
         ({"budgets": []}, ValueError, "budgets=.*: expected step counts from 1"),
         ({"budgets": [0, 1]}, ValueError, "budgets=.*: expected step counts from 1"),
         ({"width": 40}, ValueError, "width=40: expected a multiple of 16"),
-        ({"order": "confidence", "schedule": "cosine", "speed_weight": 0.0}, ValueError, "order='confidence' has no"),
-        ({"guidance_scale": 3.0}, ValueError, "guidance_scale=3.0: train without guidance"),
+        ({"order": "confidence"}, ValueError, "schedule='paced' needs a model-independent order"),
+        ({"stop_confidence": 0.0}, ValueError, "stop_confidence=0.0: expected a number above 0"),
+        ({"kl_estimator": "k4"}, ValueError, "kl_estimator='k4' is not known; nearest: 'k3'"),
     ],
 )
 def test_wrong_knobs_are_one_clear_line(knobs, error, words):

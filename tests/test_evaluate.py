@@ -164,31 +164,40 @@ def test_wrong_input_is_refused(emoji, arguments, words):
 
 
 def test_a_model_may_have_settings_for_each_budget(emoji):
-    chosen = {1: SamplerConfig(guidance_scale=2.0), 2: SamplerConfig(order="random")}
-    frame = evaluate.score_samples({"base": emoji}, PROMPTS[:2], [1, 2], 1, {"base": chosen})
-    assert frame.groupby("budget").forwards.mean().tolist() == [2.0, 2.0]
+    chosen = {2: SamplerConfig(steps=1, guidance_scale=2.0), 3: SamplerConfig(steps=3, order="random")}
+    frame = evaluate.score_samples({"base": emoji}, PROMPTS[:2], [2, 3], 1, {"base": chosen})
+    assert frame.groupby("budget").steps.mean().tolist() == [1.0, 3.0]
+    assert frame.groupby("budget").forwards.mean().tolist() == [2.0, 3.0]
 
 
-def test_the_search_takes_the_best_sampler_of_each_budget(emoji, monkeypatch):
-    candidates = [SamplerConfig(guidance_scale=scale) for scale in (1.0, 2.0, 3.0)]
-    winners = {1: "2", 4: "0"}
-
-    def scored(models, prompts, budgets, seeds, samplers):
-        return pd.DataFrame(
-            {"model": name, "accuracy": 0.9 if name == winners[budgets[0]] else 0.1, "psnr": 20.0} for name in models
-        )
-
-    monkeypatch.setattr(evaluate, "score_samples", scored)
-    best = evaluate.search_samplers(emoji, PROMPTS, [1, 4], candidates)
-    assert {budget: config.guidance_scale for budget, config in best.items()} == {1: 3.0, 4: 1.0}
-    assert {budget: config.steps for budget, config in best.items()} == {1: 1, 4: 4}
+@pytest.mark.parametrize("size", [1, 3, 4, 100])
+def test_batches_keep_the_rows_of_a_prompt_together(size):
+    prompts = ["a", "b", "a", "c", "c", "a", "d", "b"]
+    batches = evaluate.whole_batches(prompts, size)
+    assert sorted(row for rows in batches for row in rows) == list(range(8))
+    for name in "abcd":
+        assert sum(any(prompts[row] == name for row in rows) for rows in batches) == 1
+    assert all(len(rows) <= size or len({prompts[row] for row in rows}) == 1 for rows in batches)
 
 
-def test_searched_samplers_round_trip(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "BASE_SAMPLERS", tmp_path / "samplers.json")
-    samplers = {2: SamplerConfig(steps=2, order="confidence"), 16: SamplerConfig(steps=16, temperature=0.9)}
-    evaluate.save_base_samplers(samplers)
-    assert evaluate.load_base_samplers() == samplers
+def test_a_prompt_repeated_over_many_batches_gives_different_samples(emoji, monkeypatch):
+    prompts = ["a dog", "two cats"] * 8 + ["a dog"] * 184 + ["a boat"]
+    images, costs = evaluate.draw_pictures(emoji, prompts, SamplerConfig(steps=1), seed=0)
+    dogs = images[[row for row, prompt in enumerate(prompts) if prompt == "a dog"]].flatten(1)
+    assert len(dogs) == 192 > evaluate.BATCH_SIZE == 128
+    assert torch.pdist(dogs).min() > 0.1
+    assert len(costs["steps"]) == len(costs["forwards"]) == len(prompts)
+    for size in (5, 1000):
+        monkeypatch.setattr(evaluate, "BATCH_SIZE", size)
+        again, _ = evaluate.draw_pictures(emoji, prompts, SamplerConfig(steps=1), seed=0)
+        torch.testing.assert_close(again, images)
+
+
+def test_a_repeated_prompt_counts_its_samples(emoji, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH_SIZE", 4)
+    frame = evaluate.score_samples({"base": emoji}, ["a dog", "two cats", "a dog", "a dog"], [1], 1)
+    assert frame[frame.prompt == "a dog"]["sample"].tolist() == list(range(6))
+    assert frame[frame.prompt == "a dog"].psnr.nunique() == 6
 
 
 def test_the_global_generator_is_left_alone(emoji):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speedrl_lab import judges, scenes
+from speedrl_lab import compositor, judges, scenes
 from speedrl_lab.networks import Detector
 
 CAPTIONS = [
@@ -21,7 +21,7 @@ CAPTIONS = [
 ]
 
 
-def every_layout(caption: str) -> scenes.Layout:
+def every_layout(caption: str) -> compositor.Layout:
     """All layouts that draw_layouts can draw for a caption, by plain loops."""
     scene = scenes.parse_caption(caption)
     names = scene.objects * 2 if scene.kind == "two" else scene.objects
@@ -43,7 +43,7 @@ def every_layout(caption: str) -> scenes.Layout:
         places = {"left": horizontal, "above": vertical}.get(scene.kind, horizontal + vertical)
     styles = list(itertools.product(range(3), repeat=len(objects)))
     rows = list(itertools.product(places, styles, backgrounds))
-    return scenes.Layout(
+    return compositor.Layout(
         objects=torch.tensor([(objects + [-1])[:2]] * len(rows)),
         styles=torch.tensor([(*style, 0)[:2] for _, style, _ in rows]),
         tops=torch.tensor([place[0] for place, _, _ in rows]),
@@ -56,7 +56,7 @@ def every_layout(caption: str) -> scenes.Layout:
 def blurred_and_noisy(caption: str) -> Tensor:
     """A few pictures near and far from the valid scenes of a caption (5, 3, 32, 32)."""
     rng = torch.Generator().manual_seed(3)
-    real = scenes.paint(scenes.draw_layouts([scenes.parse_caption(caption)] * 2, rng))
+    real = compositor.paint(scenes.draw_layouts([scenes.parse_caption(caption)] * 2, rng))
     noise = torch.rand(3, 3, 32, 32, generator=rng)
     return torch.cat([real.lerp(noise[:2], 0.3), real.mean(0, keepdim=True), noise[2:], real.flip(3)[:1]])
 
@@ -66,11 +66,11 @@ def test_nearest_scene_finds_the_minimum_over_all_painted_scenes(caption):
     images = blurred_and_noisy(caption)
     nearest = judges.nearest_scene(images, [caption] * len(images))
     layouts = every_layout(caption)
-    painted = scenes.paint(layouts)
+    painted = compositor.paint(layouts)
     for row, image in enumerate(images):
         errors = (painted - image).double().square().mean((1, 2, 3))
         assert nearest.psnr[row].item() == pytest.approx(-10 * errors.min().log10().item(), abs=1e-4)
-        found = scenes.Layout(
+        found = compositor.Layout(
             layouts.objects[:1],
             nearest.styles[row : row + 1],
             nearest.tops[row : row + 1],
@@ -78,7 +78,7 @@ def test_nearest_scene_finds_the_minimum_over_all_painted_scenes(caption):
             nearest.sizes[row : row + 1],
             nearest.backgrounds[row : row + 1],
         )
-        error = (scenes.paint(found)[0] - image).double().square().mean()
+        error = (compositor.paint(found)[0] - image).double().square().mean()
         assert error.item() == pytest.approx(errors.min().item(), rel=1e-5)  # the layout is the minimum's
 
 
@@ -100,13 +100,13 @@ def test_nearest_scene_recovers_real_scenes():
 def test_two_of_a_kind_are_sorted_by_position():
     images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     nearest = judges.nearest_scene(images, ["two dogs"] * 64)
-    places = nearest.tops * scenes.IMAGE_SIZE + nearest.lefts
+    places = nearest.tops * compositor.IMAGE_SIZE + nearest.lefts
     assert (places[:, 0] < places[:, 1]).all()
 
 
 def test_nearest_scene_punishes_what_the_caption_does_not_allow():
     rng = torch.Generator().manual_seed(0)
-    images = scenes.paint(scenes.draw_layouts([scenes.parse_caption("a dog left of a cat")] * 8, rng))
+    images = compositor.paint(scenes.draw_layouts([scenes.parse_caption("a dog left of a cat")] * 8, rng))
     wrong = ["a cat left of a dog", "a dog above a cat", "two dogs", "a dog", "a dog left of a pig"]
     for caption in wrong:
         assert judges.nearest_scene(images, [caption] * 8).psnr.max() < 40, caption
@@ -174,7 +174,7 @@ def test_layout_entropy_is_nan_where_nothing_is_open_and_refuses_mixed_groups():
 def test_layout_entropy_of_drawn_scenes_approaches_the_uniform_one():
     rng = torch.Generator().manual_seed(0)
     layout = scenes.draw_layouts([scenes.parse_caption("a boat")] * 128, rng)
-    nearest = judges.nearest_scene(scenes.paint(layout), ["a boat"] * 128)
+    nearest = judges.nearest_scene(compositor.paint(layout), ["a boat"] * 128)
     entropy = judges.layout_entropy(nearest, ["a boat"] * 128, group_size=128)
     assert entropy["style"] == pytest.approx(math.log(3), abs=0.05)
     assert entropy["size"] == pytest.approx(math.log(2), abs=0.05)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from speedrl_lab.config import SamplerConfig
 from speedrl_lab.generator import StepInfo
-from speedrl_lab.likelihood import trajectory_log_prob
+from speedrl_lab.likelihood import ESTIMATORS, scored_states, trajectory_log_prob
 from speedrl_lab.pace import pace_counts
-from speedrl_lab.sampler import sample
+from speedrl_lab.sampler import plackett_luce, sample
 from speedrl_lab.schedules import reveal_counts
 from speedrl_lab.trajectory import Trajectory
 
@@ -43,27 +43,23 @@ def test_replay_returns_what_the_sampler_stored(emoji, sampler, batch_size):
     with torch.no_grad():
         emoji.pace.layers[2].weight.normal_(generator=torch.Generator().manual_seed(0))
         trajectory = sample(emoji, PROMPTS, sampler, seed=3)
-        replayed = trajectory_log_prob(emoji, PROMPTS, trajectory, sampler, batch_size)
+        replayed = trajectory_log_prob(emoji, PROMPTS, trajectory, sampler, batch_size=batch_size)
     assert replayed.shape == (5,) and replayed.dtype == torch.float32
     assert torch.allclose(replayed, stored(trajectory), rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("change", ["temperature", "guidance_scale", "prompts", "tokens", "reveal_step"])
+@pytest.mark.parametrize("change", ["prompts", "tokens", "reveal_step"])
 def test_replay_notices_what_differs(emoji, change):
     sampler = SamplerConfig(steps=4)
-    trajectory, prompts, used = sample(emoji, PROMPTS, sampler), PROMPTS, sampler
-    if change == "temperature":
-        used = replace(sampler, temperature=0.9)
-    elif change == "guidance_scale":
-        used = replace(sampler, guidance_scale=1.2)
-    elif change == "prompts":
+    trajectory, prompts = sample(emoji, PROMPTS, sampler), PROMPTS
+    if change == "prompts":
         prompts = PROMPTS[::-1]
     elif change == "tokens":
         trajectory = replace(trajectory, tokens=(trajectory.tokens + 1) % 1000)
     else:
         trajectory = replace(trajectory, reveal_step=3 - trajectory.reveal_step)
     with torch.no_grad():
-        replayed = trajectory_log_prob(emoji, prompts, trajectory, used)
+        replayed = trajectory_log_prob(emoji, prompts, trajectory, sampler)
     assert float((replayed - stored(trajectory)).abs().max()) > 0.1
 
 
@@ -165,7 +161,7 @@ def paced_outcomes(steps: int) -> Trajectory:
 def test_paced_probabilities_sum_to_one_over_tokens_and_actions(toy):
     generator, trajectory = toy(pace=True), paced_outcomes(3)
     sampler = SamplerConfig(steps=3, schedule="paced")
-    log_prob = trajectory_log_prob(generator, ["a dog"] * len(trajectory), trajectory, sampler, 4096)
+    log_prob = trajectory_log_prob(generator, ["a dog"] * len(trajectory), trajectory, sampler, batch_size=4096)
     assert float(log_prob.detach().exp().sum()) == pytest.approx(1.0, abs=1e-4)
     # The gradient of a constant is zero: each part of the derivative is there, through policy and head.
     (log_prob.exp().sum()).backward()
@@ -174,11 +170,105 @@ def test_paced_probabilities_sum_to_one_over_tokens_and_actions(toy):
     assert max(float(part.grad.abs().max()) for part in parts) < 1e-4
 
 
-def test_confidence_order_is_refused(emoji):
-    sampler = SamplerConfig(steps=2, order="confidence")
+CONFIDENT = SamplerConfig(steps=4, order="confidence")
+
+
+@pytest.mark.parametrize("sampler", [CONFIDENT, replace(CONFIDENT, guidance_scale=2.0, temperature=0.7)], ids=label)
+def test_confidence_order_counts_proposals_and_choices(emoji, sampler):
+    trajectory = sample(emoji, PROMPTS, sampler, seed=3)
+    with torch.no_grad():
+        exact = trajectory_log_prob(emoji, PROMPTS, trajectory, batch_size=2)
+        kept = trajectory_log_prob(emoji, PROMPTS, trajectory, order_factor="token_only")
+    whole = trajectory.proposal_log_prob.sum((1, 2)) + trajectory.choice_log_prob.sum(1)
+    assert torch.allclose(exact, whole, rtol=1e-5, atol=1e-3)
+    assert torch.allclose(kept, trajectory.log_prob.sum(1), rtol=1e-5, atol=1e-3)
+    assert float((exact - kept).abs().min()) > 1.0
+    made = (trajectory.proposals >= 0).sum((1, 2))
+    left = 64 - torch.cumsum(reveal_counts(64, 4), 0)
+    assert made.tolist() == [64 + int(left[:-1].sum())] * len(PROMPTS)
+
+
+def test_a_choice_is_a_plackett_luce_draw():
+    scores = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    picks = torch.tensor([[4, 0, 2], [1, 2, 3], [0, 1, 4]])
+    for row in range(3):
+        slow, left = 0.0, list(range(5))
+        for pick in picks[row].tolist():
+            slow += float(scores[row, pick] - scores[row, left].logsumexp(0))
+            left.remove(pick)
+        assert float(plackett_luce(scores, picks)[row]) == pytest.approx(slow, abs=1e-5)
+    every = torch.tensor(list(itertools.permutations(range(5), 3)))
+    assert float(plackett_luce(scores[:1].expand(len(every), -1), every).exp().sum()) == pytest.approx(1.0, abs=1e-5)
+    all_kept = plackett_luce(scores, torch.arange(5).expand(3, -1))
+    assert bool(all_kept.isfinite().all())
+
+
+def test_confidence_order_without_noise_is_refused(emoji):
+    sampler = replace(CONFIDENT, choice_temperature=0.0)
     trajectory = sample(emoji, PROMPTS, sampler)
-    with pytest.raises(ValueError, match="order='confidence'.*use order='halton' or 'random'"):
+    with pytest.raises(ValueError, match="choice_temperature=0.0: the confidence order is deterministic"):
         trajectory_log_prob(emoji, PROMPTS, trajectory, sampler)
+    trajectory_log_prob(emoji, PROMPTS, trajectory, sampler, order_factor="token_only")
+
+
+@pytest.mark.parametrize("name, value", [("temperature", 0.5), ("guidance_scale", 2.0), ("steps", 5)])
+def test_other_settings_than_those_of_the_draw_are_refused(emoji, name, value):
+    trajectory = sample(emoji, PROMPTS, SAMPLERS[0])
+    with pytest.raises(ValueError, match=f"drawn with {name}=.*asked for with {value!r}") as error:
+        trajectory_log_prob(emoji, PROMPTS, trajectory, replace(SAMPLERS[0], **{name: value}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("schedule", ["random_budget", "threshold"])
+def test_replay_of_samples_with_steps_of_their_own(emoji, schedule):
+    sampler = SamplerConfig(steps=6, schedule=schedule, stop_confidence=0.37)
+    trajectory = sample(emoji, PROMPTS * 4, sampler, seed=1)
+    with torch.no_grad():
+        replayed = trajectory_log_prob(emoji, PROMPTS * 4, trajectory, sampler)
+    assert torch.allclose(replayed, trajectory.log_prob.sum(1), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_estimators_score_what_they_say(emoji, estimator):
+    """Tokens scored times weight, a sample: all of them, but for the critical steps."""
+    trajectory = sample(emoji, PROMPTS, SamplerConfig(steps=4, schedule="power"))
+    for seed in range(5):
+        scored = torch.zeros(len(PROMPTS))
+        states = list(scored_states(trajectory, estimator, seed=seed, batch_size=2))
+        for visit in states:
+            assert torch.equal(visit.codes, trajectory.tokens[visit.owners, visit.positions])
+            flat = visit.tokens.flatten()[visit.rows]
+            assert bool((flat == emoji.spec.mask_id).all()), "no scored token is shown to the network"
+            scored.index_add_(0, visit.owners, torch.full((len(visit.owners),), visit.weight))
+        if estimator == "critical":
+            most = reveal_counts(64, 4, "power").sort(descending=True).values[:2].sum()
+            assert bool((scored <= most).all() and (scored > 0).all())
+        else:
+            assert torch.allclose(scored, torch.full((5,), 64.0))
+
+
+@pytest.mark.parametrize("estimator", ["random_mask", "coupled"])
+def test_masks_of_an_estimator_come_from_its_seed(emoji, estimator):
+    trajectory = sample(emoji, PROMPTS, SamplerConfig(steps=4, schedule="power"))
+    with torch.no_grad():
+        first, again, other = (
+            trajectory_log_prob(emoji, PROMPTS, trajectory, estimator=estimator, seed=seed) for seed in (0, 0, 1)
+        )
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+
+
+def test_one_step_is_exact_for_one_step(emoji):
+    trajectory = sample(emoji, PROMPTS, SamplerConfig(steps=1))
+    with torch.no_grad():
+        assert torch.allclose(
+            trajectory_log_prob(emoji, PROMPTS, trajectory, estimator="one_step"), trajectory.log_prob.sum(1), atol=1e-3
+        )
+
+
+def test_an_unknown_estimator_is_named(emoji):
+    trajectory = sample(emoji, PROMPTS, SAMPLERS[0])
+    with pytest.raises(ValueError, match="estimator='replya' is not known; nearest: 'replay'"):
+        trajectory_log_prob(emoji, PROMPTS, trajectory, estimator="replya")
 
 
 def test_prompts_and_samples_must_match(emoji):

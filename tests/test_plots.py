@@ -159,26 +159,6 @@ def test_log_ticks_are_round_numbers_around_the_data(low, high, base, expected):
     assert min(ticks) <= low and max(ticks) >= high
 
 
-def test_page_is_self_contained(tmp_path):
-    figures = {"Quality <now>": plots.frontier(per_seed()), "Again": plots.frontier(per_seed(), metric="kid")}
-    figures["Training"] = plots.curves([RECORD])
-    table = pd.DataFrame({"model": ["base"], "passes": [4.0]})
-    path = plots.write_page(tmp_path / "page.html", figures, {"Passes": table}, "One & two.\n\nThree.")
-    text = path.read_text()
-    assert text.count("plotly.js v") == 1  # the library, once
-    assert text.count("<h2>") == 4 and "<h2>Quality &lt;now&gt;</h2>" in text
-    assert "<p>One &amp; two.</p>\n<p>Three.</p>" in text
-    assert 'alt="Training" src="data:image/png;base64,' in text
-    body = text[text.index("</script></head>") :]
-    assert "http" not in body.replace("https://plot.ly", "")
-    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
-
-
-def test_a_page_without_interactive_figures_stays_small(tmp_path):
-    path = plots.write_page(tmp_path / "page.html", {"Training": plots.curves([RECORD])})
-    assert path.stat().st_size < 300_000
-
-
 def test_nothing_is_left_in_pyplot(generator):
     trajectory, _ = watched(generator, steps=2)
     plots.film_strip(trajectory, generator, PROMPTS)

@@ -21,12 +21,12 @@ CONFIG = "speedrl_lab.config"
 
 # Imports go to the same or a lower layer; a package's files share the layer of its name.
 LAYERS = [
-    "config scenes schedules trajectory advantage objective networks noise pace",
-    "weights generator runs judges plots",
+    "config scenes compositor canvas schedules trajectory advantage objective networks noise pace guard average",
+    "weights generator adapters runs judges plots page",
     "generators rewards sampler parity pretrain widgets notebooks",
-    "likelihood evaluate",
+    "likelihood enumeration learner evaluate search tradeoff",
     "selftest rl distill",
-    "demo __main__",
+    "demo sweep __main__",
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}
 
@@ -118,7 +118,8 @@ def test_notebook_holds_only_the_story(path):
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     for cell in cells:
         assert cell.outputs == [] and cell.execution_count is None, "clear the outputs before a commit"
-        assert len(cell.source.splitlines()) <= 20, f"move logic to the library:\n{cell.source}"
+        most = 30 if "parameters" in cell.metadata.get("tags", []) else 20
+        assert len(cell.source.splitlines()) <= most, f"move logic to the library:\n{cell.source}"
         assert not re.search(r"^\s*[!%]", cell.source, re.MULTILINE), f"shell or magic line:\n{cell.source}"
         kinds = {type(node) for node in ast.walk(ast.parse(cell.source))}
         assert not kinds & {ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef}, cell.source

@@ -145,7 +145,8 @@ def test_records_hold_every_number(toy):
     names = {
         "iteration", "reward", "quality", "rewards", "rewards_std", "effective_weights", "steps", "forwards",
         "kl", "clip_fraction", "gradient_norm", "diversity", "dropped", "silent_groups", "silent_rewards",
-        "learning_rate", "entropy", "approx_kl", "ratio_deviation", "warnings", "seconds",
+        "learning_rate", "entropy", "approx_kl", "ratio", "ratio_min", "ratio_max", "ratio_deviation",
+        "optimizer_steps", "weights", "masked", "warnings", "seconds",
     }  # fmt: skip
     rewards = {**TWOS, "speed": speed_reward}
     config = replace(TOY, iterations=3, warmup_iterations=4)
@@ -184,7 +185,9 @@ def test_inner_epochs_make_the_clip_act(toy):
     config = replace(TOY, iterations=6, inner_epochs=4, learning_rate=0.1, kl_weight=0.0)
     records = list(train(toy(), PROMPTS, TWOS, config))
     assert max(record["clip_fraction"] for record in records) > 0.01
-    assert max(record["ratio_deviation"] for record in records) > 0.2
+    assert max(record["ratio_max"] for record in records) > 1.2 > 1.001 > max(r["ratio_deviation"] for r in records)
+    assert min(record["ratio_min"] for record in records) < 0.8
+    assert [record["optimizer_steps"] for record in records] == [4, 8, 12, 16, 20, 24]
 
 
 def test_dropped_samples_are_counted(toy):
@@ -260,7 +263,7 @@ def bad_reward(images, prompts, trajectory):
         ({"speed_weight": 0.1}, {**TWOS, "speed": speed_reward}, PROMPTS, "speed_weight=0.1 cannot act with"),
         ({"sampler": SamplerConfig(steps=5)}, TWOS, PROMPTS, "steps=5: expected 1 to 4; nearest: 4"),
         ({}, TWOS, [], "no training prompts given"),
-        ({}, {"twos": bad_reward}, PROMPTS, "reward 'twos' gave shape .* with non-finite values"),
+        ({}, {"twos": bad_reward}, PROMPTS, "reward 'twos' gave shape .* nothing but NaN"),
         ({}, {"twos": lambda *_: torch.ones(3)}, PROMPTS, r"reward 'twos' gave shape \(3,\); expected 24"),
     ],
 )
@@ -282,13 +285,94 @@ def test_unreadable_prompts_are_refused_before_anything_changes(emoji):
     "changes, words",
     [
         ({"group_size": 1}, "group_size=1: expected at least 2"),
-        ({"sampler": SamplerConfig(guidance_scale=2.0)}, "guidance_scale=2.0: train without guidance"),
-        ({"sampler": SamplerConfig(order="confidence")}, "order='confidence' has no model-independent"),
+        ({"sampler": SamplerConfig(order="confidence", choice_temperature=0.0)}, "choice_temperature=0.0 makes the"),
+        ({"speed_form": "hinge"}, "speed_form='hinge' needs quality_floor"),
+        ({"weight_schedules": {"towes": [[0, 1.0]]}}, "weight_schedules names 'towes'; nearest: 'twos'"),
+        ({"weight_schedules": {"twos": [[5, 1.0], [5, 2.0]]}}, r"expected \[\[iteration, weight\], ...\], iterations"),
+        ({"ema_decay": 1.0}, r"ema_decay=1.0: expected a number in \[0, 1\)"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         replace(TOY, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampler": SamplerConfig(steps=2, order="confidence")},
+        {"sampler": SamplerConfig(steps=3, order="confidence", guidance_scale=1.5, temperature=0.9)},
+        {"sampler": SamplerConfig(steps=2, order="confidence"), "order_factor": "token_only"},
+        {"sampler": SamplerConfig(steps=3, schedule="random_budget")},
+        {"sampler": SamplerConfig(steps=3, schedule="threshold", stop_confidence=0.97)},
+        {"estimator": "random_mask", "inner_epochs": 2},
+        {"estimator": "coupled"},
+        {"estimator": "one_step"},
+        {"estimator": "critical"},
+        {"kl_estimator": "k1"},
+        {"kl_estimator": "k2"},
+        {"kl_estimator": "k3"},
+        {"ema_decay": 0.9},
+    ],
+    ids=str,
+)
+def test_every_reading_of_the_method_learns(toy, changes):
+    generator = toy()
+    config = replace(TOY, iterations=30, learning_rate=0.05, **changes)
+    records = list(train(generator, PROMPTS, TWOS, config))
+    start, end = (sum(r["reward"] for r in part) / 5 for part in (records[:5], records[-5:]))
+    assert end > start + 0.15
+    assert records[0]["ratio_deviation"] < 1e-3 and records[-1]["kl"] > 0.01
+
+
+def test_the_average_is_the_result(toy):
+    averaged, last = toy(), toy()
+    config = replace(TOY, iterations=8, learning_rate=0.05)
+    list(train(averaged, PROMPTS, TWOS, replace(config, ema_decay=0.9)))
+    list(train(last, PROMPTS, TWOS, config))
+    start, moved, slow = weights_of(toy()), weights_of(last), weights_of(averaged)
+    assert 0 < float((slow - start).norm()) < float((moved - start).norm())
+
+
+def test_weights_follow_their_schedule(toy):
+    rewards = {**TWOS, "speed": speed_reward}
+    schedules = {"speed": [[0, 0.0], [4, 1.0]], "twos": [[0, 2.0], [2, 0.5]], "kl": [[1, 0.5], [3, 0.1]]}
+    config = replace(TOY, iterations=6, sampler=PACED, weight_schedules=schedules)
+    found = [record["weights"] for record in train(toy(), PROMPTS, rewards, config)]
+    assert [weights["speed"] for weights in found] == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
+    assert [weights["twos"] for weights in found] == pytest.approx([2, 1.25, 0.5, 0.5, 0.5, 0.5])
+    assert [weights["kl"] for weights in found] == pytest.approx([0.5, 0.5, 0.3, 0.1, 0.1, 0.1])
+
+
+def test_the_lagrangian_holds_its_target(toy):
+    config = replace(
+        TOY, iterations=120, sampler=PACED, speed_form="lagrangian", target_steps=2.0, multiplier_rate=0.1,
+        pace_learning_rate=0.03, learning_rate=1e-3, speed_weight=0.0, num_groups=4,
+    )  # fmt: skip
+    records = list(train(toy(), PROMPTS, {**TWOS, "speed": speed_reward}, config))
+    assert records[0]["steps"] > 2.4
+    assert sum(record["steps"] for record in records[-30:]) / 30 == pytest.approx(2.0, abs=0.35)
+
+
+def test_samples_that_cannot_be_scored_are_masked(toy):
+    def partly(images, prompts, trajectory):
+        return share_of_twos(images, prompts, trajectory).index_fill(0, torch.tensor([0, 5]), torch.nan)
+
+    records = list(train(toy(), PROMPTS, {"twos": partly}, replace(TOY, iterations=15, learning_rate=0.05)))
+    assert all(record["masked"] == {"twos": 2} for record in records)
+    assert all(json.loads(json.dumps(record, allow_nan=False)) for record in records)
+    assert records[-1]["rewards"]["twos"] > records[0]["rewards"]["twos"]
+
+
+def test_reward_hacking_is_said(toy):
+    """A watched reward that falls while the trained one rises: here, its negative."""
+    rewards = {**TWOS, "watched": lambda *given: -share_of_twos(*given)}
+    config = replace(TOY, iterations=25, learning_rate=0.05)
+    records = list(train(toy(), PROMPTS, rewards, config))
+    alarms = [any("reward hacking? 'watched'" in words for words in record["warnings"]) for record in records]
+    assert alarms[-1] and not alarms[0]
+    kind = {**TWOS, "watched": share_of_twos}
+    assert not any("hacking" in " ".join(r["warnings"]) for r in train(toy(), PROMPTS, kind, config))
 
 
 def test_the_global_generator_is_left_alone(toy):

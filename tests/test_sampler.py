@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speedrl_lab import noise
-from speedrl_lab.config import SamplerConfig
+from speedrl_lab.config import VARYING, SamplerConfig
 from speedrl_lab.generator import StepInfo
 from speedrl_lab.sampler import inverse_cdf, sample
 from speedrl_lab.schedules import halton_order, reveal_counts, shifted_orders
@@ -17,7 +17,13 @@ ALL = [
     SamplerConfig(steps=5, order=order, schedule=schedule)
     for order in ("halton", "random", "confidence")
     for schedule in ("cosine", "linear", "power")
-] + [PACED, replace(PACED, order="random"), SamplerConfig(steps=3, guidance_scale=2.5)]
+] + [
+    PACED,
+    replace(PACED, order="random"),
+    SamplerConfig(steps=3, guidance_scale=2.5),
+    SamplerConfig(steps=6, schedule="random_budget"),
+    SamplerConfig(steps=6, schedule="threshold", stop_confidence=0.37),
+]
 
 
 def label(sampler: SamplerConfig) -> str:
@@ -35,7 +41,7 @@ def test_every_position_is_revealed_once(emoji, sampler):
     assert trajectory.log_prob.max() <= 0 and (trajectory.log_prob < 0).any(1).all()
 
 
-@pytest.mark.parametrize("sampler", [s for s in ALL if s.schedule != "paced"], ids=label)
+@pytest.mark.parametrize("sampler", [s for s in ALL if s.schedule not in VARYING], ids=label)
 def test_steps_follow_the_schedule(emoji, sampler):
     trajectory = sample(emoji, PROMPTS, sampler)
     counts = torch.stack([trajectory.revealed(step).sum(1) for step in range(sampler.steps)], 1)
@@ -133,13 +139,41 @@ def test_greedy_pace_takes_the_most_probable_choice(emoji):
     assert len(drawn.steps.unique()) > 1
 
 
-@pytest.mark.parametrize("sampler", [s for s in ALL if s.order != "confidence"], ids=label)
+@pytest.mark.parametrize("sampler", ALL, ids=label)
 def test_positions_are_revealed_along_the_order(emoji, sampler):
     trajectory = sample(emoji, PROMPTS, sampler)
     assert torch.equal(trajectory.order.sort(1).values, torch.arange(64).expand(6, -1))
     steps = trajectory.reveal_step.long().gather(1, trajectory.order)
     assert (steps.diff(dim=1) >= 0).all()
     assert len(trajectory.order.unique(dim=0)) == 6
+
+
+def test_random_budgets_are_uniform_and_follow_the_power_schedule(emoji):
+    sampler = SamplerConfig(steps=3, schedule="random_budget")
+    trajectory = sample(emoji, ["a dog"] * 150, sampler, seed=2)
+    found = trajectory.steps.bincount(minlength=4).tolist()
+    assert found[0] == 0 and all(35 <= count <= 65 for count in found[1:])
+    for budget in (1, 2, 3):
+        row = int((trajectory.steps == budget).nonzero()[0])
+        counts = [int(trajectory.revealed(step)[row].sum()) for step in range(budget)]
+        assert counts == reveal_counts(64, budget, "power").tolist()
+
+
+def test_the_threshold_stops_once_the_rest_is_sure(emoji):
+    fixed = SamplerConfig(steps=6, schedule="power")
+    sampler = replace(fixed, schedule="threshold", stop_confidence=0.37)
+    trajectory, cond = sample(emoji, PROMPTS * 8, sampler, seed=1), emoji.encode(PROMPTS * 8)
+    counts = reveal_counts(64, 6, "power")
+    assert len(trajectory.steps.unique()) > 1
+    for step in range(6):
+        alive = trajectory.steps > step
+        masked = trajectory.reveal_step >= step
+        chances = emoji.logits(trajectory.state(step), cond, StepInfo(step, 6)).detach().softmax(-1).amax(-1)
+        sure = (chances * masked).sum(1) / masked.sum(1).clamp(min=1) >= 0.37
+        expected = masked.sum(1).where(sure | (step == 5), counts[step])
+        assert torch.equal(trajectory.revealed(step).sum(1)[alive], expected[alive])
+    never = sample(emoji, PROMPTS, replace(sampler, stop_confidence=1.0), seed=1)
+    assert torch.equal(never.tokens, sample(emoji, PROMPTS, fixed, seed=1).tokens)
 
 
 def test_halton_orders_are_shifted_halton_orders(emoji):
@@ -162,7 +196,7 @@ def test_on_step_shows_the_states_of_the_trajectory(emoji, sampler):
 def test_confidence_keeps_the_most_probable_proposals(emoji):
     sampler = SamplerConfig(steps=5, order="confidence", choice_temperature=0.0)
     trajectory = sample(emoji, PROMPTS, sampler, seed=2)
-    assert trajectory.order is None
+    assert torch.equal(trajectory.order.sort(1).values, torch.arange(64).expand(len(PROMPTS), -1))
     keys, cond = noise.row_keys(2, PROMPTS), emoji.encode(PROMPTS)
     for step, count in enumerate(reveal_counts(64, 5).tolist()):
         state = trajectory.state(step)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from speedrl_lab import scenes
+from speedrl_lab import compositor, scenes
 from speedrl_lab.scenes import Scene
 
 
@@ -152,13 +152,13 @@ def test_objects_stay_inside_and_apart_on_the_grid(batch):
     pairs = layout.objects[:, 1] >= 0
     for slot, rows in ((0, torch.ones_like(pairs)), (1, pairs)):
         for starts in (layout.tops[rows, slot], layout.lefts[rows, slot]):
-            assert (starts >= 0).all() and (starts + layout.sizes[rows] <= scenes.IMAGE_SIZE).all()
-            assert (starts % scenes.STRIDE == 0).all()
-    assert (layout.sizes[pairs] == scenes.SMALL).all()
-    assert set(layout.sizes[~pairs].tolist()) == {scenes.SMALL, scenes.LARGE}
+            assert (starts >= 0).all() and (starts + layout.sizes[rows] <= compositor.IMAGE_SIZE).all()
+            assert (starts % compositor.STRIDE == 0).all()
+    assert (layout.sizes[pairs] == compositor.SMALL).all()
+    assert set(layout.sizes[~pairs].tolist()) == {compositor.SMALL, compositor.LARGE}
     down = (layout.tops[pairs, 0] - layout.tops[pairs, 1]).abs()
     across = (layout.lefts[pairs, 0] - layout.lefts[pairs, 1]).abs()
-    assert (torch.maximum(down, across) >= scenes.SMALL).all()
+    assert (torch.maximum(down, across) >= compositor.SMALL).all()
 
 
 def test_layouts_show_what_the_captions_say(batch):
@@ -168,9 +168,9 @@ def test_layouts_show_what_the_captions_say(batch):
         objects = tuple(scenes.OBJECTS[index] for index in layout.objects[row].tolist() if index >= 0)
         assert objects == (scene.objects * 2 if scene.kind == "two" else scene.objects)
         if scene.kind == "left":
-            assert layout.lefts[row, 0] + scenes.SMALL <= layout.lefts[row, 1]
+            assert layout.lefts[row, 0] + compositor.SMALL <= layout.lefts[row, 1]
         if scene.kind == "above":
-            assert layout.tops[row, 0] + scenes.SMALL <= layout.tops[row, 1]
+            assert layout.tops[row, 0] + compositor.SMALL <= layout.tops[row, 1]
         if scene.kind == "and":
             seen.add(
                 (
@@ -194,7 +194,7 @@ def test_layouts_use_everything_the_captions_leave_open():
 
 def test_paint_agrees_with_a_loop_over_pixels():
     drawn, layout, images = scenes.draw_batch(10, "train", seed=4)
-    assert len({scene.kind for scene in drawn}) >= 4 and scenes.LARGE in layout.sizes
+    assert len({scene.kind for scene in drawn}) >= 4 and compositor.LARGE in layout.sizes
     assert images.shape == (10, 3, 32, 32) and images.dtype == torch.float32
     palette = list(scenes.COLORS.values())
     for row in range(len(drawn)):
@@ -204,7 +204,7 @@ def test_paint_agrees_with_a_loop_over_pixels():
             if layout.objects[row, slot] < 0:
                 continue
             size = int(layout.sizes[row])
-            sprite = scenes.sprites(size)[layout.objects[row, slot], layout.styles[row, slot]].numpy()
+            sprite = compositor.sprites(size)[layout.objects[row, slot], layout.styles[row, slot]].numpy()
             top, left = int(layout.tops[row, slot]), int(layout.lefts[row, slot])
             for y in range(size):
                 for x in range(size):
@@ -234,9 +234,9 @@ def test_the_seed_alone_decides_the_pictures():
     assert (first != other).flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("size", [scenes.SMALL, scenes.LARGE])
+@pytest.mark.parametrize("size", [compositor.SMALL, compositor.LARGE])
 def test_sprites_are_premultiplied_and_distinct(size):
-    sprites = scenes.sprites(size)
+    sprites = compositor.sprites(size)
     assert sprites.shape == (24, 3, 4, size, size) and sprites.dtype == torch.float32
     assert (sprites[:, :, :3] <= sprites[:, :, 3:] + 1e-6).all()
     assert (sprites[:, :, 3].mean((2, 3)) > 0.1).all()  # none is empty

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from speedrl_lab.schedules import halton_order, reveal_counts, shifted_orders
+from speedrl_lab.schedules import halton_order, piecewise_linear, reveal_counts, shifted_orders
 
 GRIDS = [(1, 1), (1, 7), (5, 3), (6, 10), (13, 8)]
 
@@ -113,3 +113,23 @@ def test_shifted_orders_cover_every_shift_and_flip_evenly():
     assert len(shifted.unique(dim=0)) == 8 * 8 * 4
     first = torch.bincount(shifted[:, 0], minlength=64).double()
     assert float(((first - 62.5).square() / 62.5).sum()) < 110  # chi-square, 63 degrees: p < 0.001
+
+
+def test_piecewise_linear_equals_numpy():
+    points = [[3, 0.5], [10, -1.0], [11, 4.0], [40, 4.0]]  # lists, as a config file gives them
+    for iteration in range(-2, 60):
+        expected = np.interp(iteration, *zip(*points, strict=True))
+        assert piecewise_linear(points, iteration) == pytest.approx(expected, abs=1e-12)
+    assert [piecewise_linear(points, i) for i in (-5, 3, 10, 11, 99)] == [0.5, 0.5, -1.0, 4.0, 4.0]
+
+
+def test_one_point_is_a_constant():
+    assert [piecewise_linear([(5, 2)], iteration) for iteration in (0, 5, 9)] == [2.0, 2.0, 2.0]
+
+
+def test_points_must_exist_and_increase():
+    with pytest.raises(ValueError, match=r"points=\[\]: expected at least one"):
+        piecewise_linear([], 3)
+    for second in (2, 5):  # caught at any iteration, not only where it would matter
+        with pytest.raises(ValueError, match=rf"iterations 0, 5, {second}: expected iterations that increase"):
+            piecewise_linear([(0, 1.0), (5, 2.0), (second, 3.0)], 0)

@@ -29,7 +29,7 @@ def test_a_healthy_generator_passes_untouched(toy, config):
     before = weights_of(generator)
     table = selftest.selftest(generator, config, PROMPTS, REWARDS)
     assert list(table.columns) == ["name", "value", "passed"] and table.passed.all()
-    assert len(table) == (8 if config is PACED else 7)
+    assert len(table) == (9 if config is PACED else 8)
     assert torch.equal(weights_of(generator), before) and generator.pace is None
 
 
@@ -107,6 +107,17 @@ def test_a_pace_that_never_varies_is_caught(toy, monkeypatch):
         generator.pace.layers[2].weight.zero_()
         generator.pace.layers[2].bias.copy_(torch.tensor([0.0, 0, 0, 0, 0, 0, 60]))
     assert "steps vary, so that speed can act" in failure(generator, PACED)
+
+
+def test_a_forgotten_optimizer_step_is_caught(toy, monkeypatch):
+    class Idle(rl.Learner):
+        def update(self, drawn, advantages):
+            measured = super().update(drawn, advantages)
+            self.optimizer_steps -= self.optimizer_steps % 2  # as if one rollout in two were accumulated
+            return measured
+
+    monkeypatch.setattr(selftest, "Learner", Idle)
+    assert "optimizer steps beyond those planned" in failure(toy(), replace(CONFIG, inner_epochs=1))
 
 
 def test_wrong_input_is_said_before_any_check(toy):

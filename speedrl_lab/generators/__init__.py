@@ -31,4 +31,8 @@ def load_generator(name: str = "emoji", device: str = "auto", policy: Path | str
         from speedrl_lab.generators.emoji import load_emoji
 
         return load_emoji(resolve_device(device), policy)
-    raise ValueError(f"unknown generator {name!r}; known: {', '.join(FAMILIES)}")
+    if name == "tiny":
+        from speedrl_lab.generators.tiny import load_tiny
+
+        return load_tiny(resolve_device(device), policy)
+    raise ValueError(f"unknown generator {name!r}; known: {', '.join(FAMILIES)}, tiny")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from speedrl_lab import scenes
+from speedrl_lab.adapters import merged
 from speedrl_lab.generator import Cond, GeneratorSpec, StepInfo
 from speedrl_lab.networks import MaskedTransformer, Tokenizer
 from speedrl_lab.pace import PaceHead
@@ -18,6 +19,8 @@ WEIGHTS = scenes.DATA / "weights"
 
 class EmojiGenerator:
     """EmojiScenes behind the generator contract: 8x8 tokens of 1000 codes, 32x32 pixels."""
+
+    lora_targets = ("qkv", "out", "up", "down")
 
     def __init__(self, policy: MaskedTransformer, tokenizer: Tokenizer, pace: PaceHead | None = None):
         rows, columns = policy.config["grid"]
@@ -63,7 +66,7 @@ class EmojiGenerator:
         return EmojiGenerator(deepcopy(self.policy), self.tokenizer, deepcopy(self.pace))
 
     def save_policy(self, path: Path | str, origin: str = "") -> None:
-        save_weights(self.policy, path, origin, self.pace)
+        save_weights(merged(self.policy), path, origin, self.pace)
 
 
 def load_emoji(device: torch.device, policy: Path | str | None = None) -> EmojiGenerator:

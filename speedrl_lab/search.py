@@ -1,0 +1,106 @@
+"""The best sampler a generator has at each cost: what a fair base line is made of."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from speedrl_lab import compositor, judges
+from speedrl_lab.config import SamplerConfig
+from speedrl_lab.evaluate import SAMPLES_PER_PROMPT, draw_pictures
+from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.rewards.embedded import load_detector
+from speedrl_lab.runs import write_atomic
+
+SCREEN, FINALISTS = 3, 3
+"""A search screens its candidates on every third prompt and judges the best three on all."""
+BASE_SAMPLERS = compositor.DATA / "base_samplers.json"
+BASE_SAMPLERS_BY_PASSES = compositor.DATA / "base_samplers_by_passes.json"
+
+Key = TypeVar("Key")
+
+
+def image_scores(
+    generator: MaskedGenerator, prompts: Sequence[str], sampler: SamplerConfig, detector: torch.nn.Module
+) -> torch.Tensor:
+    """What a search maximizes, (B,): 1 where the object counts are exact, plus PSNR / 100; two samples a prompt."""
+    repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
+    images, _ = draw_pictures(generator, repeated, sampler, seed=0)
+    exact = judges.verdict(detector, images, repeated)["counts"]
+    return exact + judges.nearest_scene(images, repeated).psnr / 100
+
+
+def best_samplers(
+    generator: MaskedGenerator, prompts: Sequence[str], pools: Mapping[Key, Sequence[SamplerConfig]]
+) -> dict[Key, SamplerConfig]:
+    """The sampler of each pool with the best mean of `image_scores`: a fair base.
+
+    A pool of more than FINALISTS is screened on every SCREEN-th prompt first. Samplers that several pools
+    share are drawn once; repeated prompts count once. Raises ValueError without prompts or for an empty pool.
+    """
+    if not prompts:
+        raise ValueError("no prompts to search on; expected at least one")
+    for key, pool in pools.items():
+        if not pool:
+            raise ValueError(f"no candidate for {key!r}: expected at least one (a guided step costs two passes)")
+    prompts = list(dict.fromkeys(prompts))
+    parts = [prompts[::SCREEN], [prompt for index, prompt in enumerate(prompts) if index % SCREEN]]
+    detector = load_detector(generator.device)
+
+    @cache
+    def scores(sampler: SamplerConfig, part: int) -> torch.Tensor:
+        return image_scores(generator, parts[part], sampler, detector) if parts[part] else torch.zeros(0)
+
+    def ranked(pool: Sequence[SamplerConfig], stages: Sequence[int]) -> list[SamplerConfig]:
+        return sorted(pool, key=lambda sampler: -float(torch.cat([scores(sampler, part) for part in stages]).mean()))
+
+    best = {}
+    for key, pool in tqdm(pools.items(), desc="search", unit="pool"):
+        finalists = pool if len(pool) <= FINALISTS else ranked(pool, [0])[:FINALISTS]
+        best[key] = ranked(finalists, [0, 1])[0]
+    return best
+
+
+def with_steps(candidates: Sequence[SamplerConfig], steps: int) -> list[SamplerConfig]:
+    """Each candidate with so many steps."""
+    return [replace(candidate, steps=steps) for candidate in candidates]
+
+
+def with_passes(candidates: Sequence[SamplerConfig], passes: int) -> list[SamplerConfig]:
+    """The candidates that can cost exactly so many forward passes: guided ones take half the steps."""
+    costs = [(candidate, 1 if candidate.guidance_scale == 1.0 else 2) for candidate in candidates]
+    return [replace(candidate, steps=passes // cost) for candidate, cost in costs if passes % cost == 0]
+
+
+def search_samplers(
+    generator: MaskedGenerator, prompts: Sequence[str], budgets: Sequence[int], candidates: Sequence[SamplerConfig]
+) -> dict[int, SamplerConfig]:
+    """The best sampler for each number of steps, as `best_samplers`."""
+    return best_samplers(generator, prompts, {steps: with_steps(candidates, steps) for steps in budgets})
+
+
+def save_base_samplers(by_steps: Mapping[int, SamplerConfig], by_passes: Mapping[int, SamplerConfig]) -> None:
+    """Write the searched settings of the embedded base, for each number of steps and of passes."""
+    for path, samplers in ((BASE_SAMPLERS, by_steps), (BASE_SAMPLERS_BY_PASSES, by_passes)):
+        write_atomic(path, json.dumps({budget: asdict(s) for budget, s in samplers.items()}, indent=1) + "\n")
+
+
+def load_base_samplers() -> dict[int, SamplerConfig]:
+    """The searched settings of the embedded base, by number of steps."""
+    return _load_samplers(BASE_SAMPLERS)
+
+
+def load_base_samplers_by_passes() -> dict[int, SamplerConfig]:
+    """The searched settings of the embedded base, by number of forward passes."""
+    return _load_samplers(BASE_SAMPLERS_BY_PASSES)
+
+
+def _load_samplers(path: Path) -> dict[int, SamplerConfig]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.name} is missing; python data/build_base_samplers.py makes it")
+    return {int(budget): SamplerConfig(**values) for budget, values in json.loads(path.read_text()).items()}
