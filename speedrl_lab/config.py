@@ -351,17 +351,27 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 def _presets() -> dict[str, RunConfig]:
     emoji = RunConfig(
+        matmul_precision="medium",
         train=TrainConfig(
-            sampler=SamplerConfig(steps=4, order="halton", schedule="paced"),
-            quality_weights={"clip": 1.0, "coherence": 1.0, "novelty": 0.2},
-            speed_weight=0.3,
-        )
+            sampler=SamplerConfig(steps=8, order="halton", schedule="paced"),
+            iterations=300,
+            kl_estimator="exact",
+            kl_weight=0.01,
+            quality_weights={"clip": 1.0, "coherence": 1.0, "novelty": 0.4},
+            speed_weight=0.5,
+        ),
     )
     demo = replace(
         emoji,
         preset="demo",
-        train=replace(emoji.train, iterations=60),
+        train=replace(emoji.train, iterations=100, learning_rate=3e-4, speed_form="lagrangian", target_steps=3.0),
         evaluation=replace(emoji.evaluation, budgets=(1, 2, 3, 4, 8, 16), num_prompts=64),
+    )
+    sweep = replace(
+        emoji,
+        preset="sweep",
+        train=replace(emoji.train, iterations=24, num_groups=6, learning_rate=5e-5, warmup_iterations=3),
+        evaluation=replace(emoji.evaluation, num_prompts=16, num_seeds=1),
     )
     smoke = replace(
         emoji,
@@ -379,7 +389,7 @@ def _presets() -> dict[str, RunConfig]:
         train=replace(emoji.train, num_groups=48, group_size=16, micro_batch_size=768),
         pretrain=replace(emoji.pretrain, generator_iterations=20000, generator_cycles=1, pretrain_batch_size=256),
     )
-    return {"smoke": smoke, "demo": demo, "emoji": emoji, "emoji-gpu": gpu}
+    return {"smoke": smoke, "sweep": sweep, "demo": demo, "emoji": emoji, "emoji-gpu": gpu}
 
 
 PRESETS: dict[str, RunConfig] = _presets()

@@ -4,7 +4,7 @@ With it the gradient of a single trajectory costs a row of coefficients instead 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 
 from speedrl_lab.generator import Cond, GeneratorSpec, MaskedGenerator, StepInfo
-
-CHUNK = 96
-"""Logits that are differentiated in one backward pass."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +42,21 @@ def all_outputs(generator: MaskedGenerator, prompt: str, jacobian: bool = True) 
     digits = [*range(spec.codebook_size), spec.mask_id]
     states = torch.tensor(list(itertools.product(digits, repeat=spec.num_tokens)))
     masked = (states == spec.mask_id).flatten()  # (states * N,)
-    cond = generator.encode([prompt]).repeat_interleave(len(states))
-    logits = generator.logits(states, cond, StepInfo(0, 1), masked.nonzero().flatten())  # (K, V)
+    cond, info = generator.encode([prompt]), StepInfo(0, 1)
+    logits = generator.logits(states, cond.repeat_interleave(len(states)), info, masked.nonzero().flatten())  # (K, V)
     place = torch.empty_like(states)
     place[_state_index(states, spec)] = (masked.cumsum(0) - 1).where(masked, -1).unflatten(0, states.shape)
-    parts = []
-    for rows in torch.eye(logits.numel()).split(CHUNK) if jacobian else []:
-        weights = list(generator.policy.parameters())
-        grads = torch.autograd.grad(logits.flatten(), weights, rows, retain_graph=True, is_grads_batched=True)
-        parts.append(torch.cat([grad.flatten(1) for grad in grads], 1))  # (CHUNK, P)
-    return Outputs(spec, logits.detach(), torch.cat(parts) if parts else None, place)
+    slopes = torch.stack(list(_slopes(generator, states, cond, info))) if jacobian else None  # (K * V, P)
+    return Outputs(spec, logits.detach(), slopes, place)
+
+
+def _slopes(generator: MaskedGenerator, states: Tensor, cond: Cond, info: StepInfo) -> Iterator[Tensor]:
+    """The gradient (P,) of each logit; state by state, since a logit depends on its own state alone."""
+    weights = list(generator.policy.parameters())
+    for state in states:
+        rows = (state == generator.spec.mask_id).nonzero().flatten()
+        for logit in generator.logits(state[None], cond, info, rows).flatten() if len(rows) else []:
+            yield torch.cat([slope.flatten() for slope in torch.autograd.grad(logit, weights, retain_graph=True)])
 
 
 def _state_index(tokens: Tensor, spec: GeneratorSpec) -> Tensor:

@@ -127,7 +127,7 @@ def run(name: str | Path, /, output: Path | str | None = None, **knobs: Any) -> 
         NotebookError: a cell failed.
     """
     path = notebook_path(name)
-    values = _resolved(path, knobs)
+    values = resolved(path, knobs)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     folder = Path(output) if output is not None else outputs_root() / path.stem / stamp
     target = folder / path.name
@@ -154,8 +154,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return name, raw
 
 
-def _resolved(path: Path, knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """The values to inject: the preset's, then the knobs; checked as far as possible without a kernel."""
+def resolved(path: Path, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """The values to inject: the preset's, then the knobs; checked as far as possible without a kernel.
+
+    Raises TypeError or ValueError as `run` does.
+    """
     declared = parameters(path)
     for name, value in knobs.items():
         if name not in declared:

@@ -72,7 +72,7 @@ def plan(notebook: str | Path, knobs: Mapping[str, Sequence[Any]]) -> list[Trial
         raise ValueError(f"{min(own)} is set by the sweep, one run folder a trial; leave it out")
     chosen = [dict(zip(knobs, values, strict=True)) for values in product(*knobs.values())]
     for values in chosen:
-        notebooks._resolved(path, values)
+        notebooks.resolved(path, values)
     varied = [name for name in knobs if len(knobs[name]) > 1]
     names = [",".join(f"{name}={_word(values[name])}" for name in varied) for values in chosen]
     unclear = {name for name in names if not name or len(name) > LONGEST_NAME or names.count(name) > 1}

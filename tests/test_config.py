@@ -63,7 +63,7 @@ def test_each_knob_lands_in_its_class():
     assert config.train.sampler == replace(PRESETS["smoke"].train.sampler, steps=3, schedule="paced")
     assert config.evaluation.budgets == (1, 3) and config.pretrain.depth == 2
     assert type(config.train.learning_rate) is float
-    assert PRESETS["smoke"].train.sampler.steps == 4  # presets stay
+    assert PRESETS["smoke"].train.sampler.steps == 8  # presets stay
 
 
 def test_flat_settings_round_trip_with_every_kind_of_knob():
@@ -78,7 +78,7 @@ def test_flat_settings_round_trip_with_every_kind_of_knob():
 @pytest.mark.parametrize(
     "knobs, error, words",
     [
-        ({"preset": "emjoi"}, ValueError, "unknown preset 'emjoi'; nearest: 'emoji' .one of smoke, "),
+        ({"preset": "emjoi"}, ValueError, "unknown preset 'emjoi'; nearest: 'emoji' .one of smoke, sweep, "),
         ({"speed_wieght": 0.1}, TypeError, "unknown parameter 'speed_wieght'; nearest: 'speed_weight'"),
         ({"steps": 4.0}, TypeError, "steps=4.0 has type float, expected int"),
         ({"steps": True}, TypeError, "steps=True has type bool, expected int"),
@@ -133,7 +133,7 @@ def test_every_field_is_described_in_the_source():
 
 def test_the_notebook_shows_what_differs_from_the_preset():
     text = RunConfig.from_flat("smoke", steps=3)._repr_markdown_()
-    assert "preset `smoke`" in text and "- `steps` = `3` (preset: `4`)" in text
+    assert "preset `smoke`" in text and "- `steps` = `3` (preset: `8`)" in text
     assert "nothing changed" in RunConfig.from_flat("smoke")._repr_markdown_()
 
 

@@ -22,9 +22,9 @@ CONFIG = "speedrl_lab.config"
 # Imports go to the same or a lower layer; a package's files share the layer of its name.
 LAYERS = [
     "config scenes compositor canvas schedules trajectory advantage objective networks noise pace guard average",
-    "weights generator adapters runs judges plots page",
+    "weights generator adapters runs judges plots estimator_plots page",
     "generators rewards sampler parity pretrain widgets notebooks",
-    "likelihood enumeration learner evaluate search tradeoff",
+    "likelihood enumeration lookup bakeoff learner evaluate search tradeoff",
     "selftest rl distill",
     "demo sweep __main__",
 ]

@@ -23,7 +23,12 @@ FIXED = TrainConfig(
     warmup_iterations=4, quality_weights={"twos": 1.0}, save_every=2,
 )  # fmt: skip
 PACED = replace(FIXED, sampler=SamplerConfig(steps=3, schedule="paced"), speed_weight=0.3)
-CONFIGS = pytest.mark.parametrize("config", [FIXED, PACED], ids=["fixed", "paced"])
+RICH = replace(PACED, ema_decay=0.8, inner_epochs=2, speed_form="lagrangian", weight_schedules={"kl": [[0, 0], [5, 1]]})
+CONFIDENT = replace(FIXED, sampler=SamplerConfig(steps=2, order="confidence"), estimator="coupled", inner_epochs=2)
+LORA = replace(FIXED, lora_rank=2)
+CONFIGS = pytest.mark.parametrize(
+    "config", [FIXED, PACED, RICH, CONFIDENT, LORA], ids=["fixed", "paced", "rich", "confident", "lora"]
+)
 
 
 def opened(folder: Path, config: TrainConfig) -> Run:
