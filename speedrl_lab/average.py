@@ -1,4 +1,4 @@
-"""Exponential moving average of a module's weights."""
+"""Averages of weights: over the iterations of one run, and between two policies."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -50,6 +50,23 @@ class Average:
         for name, mean in self.means.items():
             mean.copy_(state["means"][name])
         self.updates = state["updates"]
+
+
+@torch.no_grad()
+def interpolate(module: nn.Module, other: nn.Module, share: float) -> None:
+    """Move the parameters of a module the given share of the way to those of another of the same kind.
+
+    Between two policies that were tuned from the same start for different reward weights lies a curve of
+    compromises, without training any of them (rewarded soups, Rame et al., arXiv 2306.04488). Raises
+    ValueError where names or shapes differ.
+    """
+    mine, others = dict(module.named_parameters()), dict(other.named_parameters())
+    unlike = [name for name in mine.keys() | others.keys() if name not in mine or name not in others]
+    unlike += [name for name in mine.keys() & others.keys() if mine[name].shape != others[name].shape]
+    if unlike:
+        raise ValueError(f"the modules differ in {sorted(unlike)[0]!r}; expected two of the same kind and size")
+    for name, value in mine.items():
+        value.lerp_(others[name].to(value), share)
 
 
 def _copy(value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from conftest import randomize
 from torch import nn
 
-from speedrl_lab.average import Average
+from speedrl_lab.average import Average, interpolate
 
 
 def line(value: float = 1.0) -> nn.Linear:
@@ -88,3 +88,15 @@ def test_wrong_decays_and_foreign_states_are_refused():
             Average(line(), decay)
     with pytest.raises(ValueError, match="the saved average does not fit this module: 'bias' is in one of them"):
         Average(line(), 0.9).load_state_dict(Average(nn.Linear(1, 1), 0.9).state_dict())
+
+
+def test_a_module_moves_a_share_of_the_way_to_another():
+    left, right, start = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2)
+    randomize(left, 0), randomize(right, 1), randomize(start, 0)
+    interpolate(left, right, 0.25)
+    assert torch.allclose(left.weight, 0.75 * start.weight + 0.25 * right.weight)
+    assert torch.allclose(left.bias, 0.75 * start.bias + 0.25 * right.bias)
+    with pytest.raises(ValueError, match="the modules differ in 'weight'"):
+        interpolate(left, nn.Linear(4, 2), 0.5)
+    with pytest.raises(ValueError, match="the modules differ in 'bias'"):
+        interpolate(left, nn.Linear(3, 2, bias=False), 0.5)
