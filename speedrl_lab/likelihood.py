@@ -241,7 +241,7 @@ def trajectory_log_prob(
         total = total.index_add(0, visit.owners, visit.weight * chosen)
         if visit.picks is not None:
             total = total.index_add(0, visit.samples, visit_choice(visit, chosen))
-    if trajectory.pace is not None:
+    if trajectory.pace is not None and not sampler.greedy_pace:  # a greedy pace is no draw
         for visit in visits(trajectory, batch_size):
             taken = trajectory.pace[visit.samples, visit.step]
             features = visit_pace_features(generator, visit, cond, trajectory, sampler)

@@ -239,6 +239,9 @@ def test_a_greedy_pace_is_one_choice(line):
     assert float(outcomes.log_prob.exp().sum()) == pytest.approx(1.0, abs=1e-6)
     assert len(outcomes) < count_trajectories(line, greedy)
     assert find(sample(line, [PROMPT] * 50, greedy), outcomes).unique().numel() > 5
+    with torch.no_grad():
+        replayed = trajectory_log_prob(line, [PROMPT] * len(outcomes), outcomes.trajectory)
+    assert torch.allclose(replayed + outcomes.constant, outcomes.log_prob, rtol=0, atol=1e-5)
 
 
 # --- the likelihood
