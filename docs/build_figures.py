@@ -4,7 +4,6 @@
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -31,18 +30,17 @@ def main(results: Path) -> None:
     (folder / "frontier.png").write_bytes(lab.plots.png(lab.plots.frontier_print(table)))
     base = lab.load_generator(device="cpu")
     tuned = lab.load_generator(device="cpu", policy=DATA / "weights" / "speed_rl.safetensors")
-    fast, usual = lab.SamplerConfig(order="confidence"), lab.SamplerConfig(order="confidence", guidance_scale=3.0)
+    searched = lab.load_base_samplers_by_passes()
+    usual = lab.SamplerConfig(steps=16, order="confidence", guidance_scale=3.0)
+    own = lab.SamplerConfig(steps=8, schedule="paced", greedy_pace=True)
     rows = {
-        "base\n2 passes": (base, fast, 2),
-        "Speed-RL\n2 passes": (tuned, fast, 2),
-        "base\n4 passes": (base, fast, 4),
-        "Speed-RL\n4 passes": (tuned, fast, 4),
-        "base\n32 passes": (base, usual, 16),
+        "base\n2 passes": (base, searched[2]),
+        "Speed-RL\n2 passes": (tuned, lab.SamplerConfig(steps=2, order="confidence")),
+        "base\n4 passes": (base, searched[4]),
+        "Speed-RL\nown pace": (tuned, own),
+        "base\n32 passes": (base, usual),
     }
-    pictures = []
-    for model, sampler, steps in rows.values():
-        trajectory = lab.sample(model, PROMPTS, replace(sampler, steps=steps), seed=1)
-        pictures.append(model.decode(trajectory.tokens))
+    pictures = [model.decode(lab.sample(model, PROMPTS, sampler, seed=1).tokens) for model, sampler in rows.values()]
     figure = lab.plots.image_grid(torch.cat(pictures), row_titles=list(rows), column_titles=PROMPTS)
     (folder / "samples.png").write_bytes(lab.plots.png(figure))
 

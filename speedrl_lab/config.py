@@ -23,6 +23,10 @@ def nearest(name: str, known: list[str]) -> str:
     return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 class _Checked:
     """Checks that hold for every config class: Literal fields hold a listed value."""
 
@@ -149,7 +153,7 @@ class TrainConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.iterations >= 0, "iterations", "at least 0")
+        self._require(self.iterations >= 1, "iterations", "at least 1")
         self._require(self.num_groups >= 1, "num_groups", "at least 1")
         self._require(
             self.group_size >= 2,
@@ -167,10 +171,15 @@ class TrainConfig(_Checked):
         self._require(0 <= self.ema_decay < 1, "ema_decay", "a number in [0, 1)")
         self._require(self.target_steps >= 1, "target_steps", "at least 1")
         self._require(self.multiplier_rate > 0, "multiplier_rate", "a positive number")
-        if self.speed_form == "hinge" and not self.quality_floor:
-            raise ValueError("speed_form='hinge' needs quality_floor, for instance quality_floor={'clip': 0.8}")
+        self._require(self.save_every >= 1, "save_every", "at least 1")
+        self._require(self.warmup_iterations >= 0, "warmup_iterations", "at least 0")
+        self._require(self.pace_learning_rate > 0, "pace_learning_rate", "a positive number")
+        for name in ("quality_weights", "quality_floor"):
+            self._require(all(map(_is_number, getattr(self, name).values())), name, "a finite number for each name")
+        self._check_combinations()
         sampler = self.sampler
-        if sampler.order == "confidence" and self.order_factor == "exact" and sampler.choice_temperature == 0:
+        exact = self.estimator == "replay" and self.order_factor == "exact" and sampler.steps > 1
+        if sampler.order == "confidence" and exact and sampler.choice_temperature == 0:
             raise ValueError(
                 "choice_temperature=0.0 makes the confidence order deterministic, so that its probability has no "
                 "gradient; train with choice_temperature=1.0 or order='halton'"
@@ -178,6 +187,31 @@ class TrainConfig(_Checked):
         self._check_schedules()
         if self.sampler.greedy_pace:
             raise ValueError("greedy_pace=True leaves the pace nothing to learn; train with greedy_pace=False")
+
+    def _check_combinations(self) -> None:
+        """Refuse settings of which one would silently do nothing."""
+        scheduled = "speed" in self.weight_schedules
+        quiet = self.speed_weight == 0 and not scheduled
+        clashes = {
+            "speed_form='hinge' needs quality_floor, for instance quality_floor={'clip': 0.8}":
+                self.speed_form == "hinge" and not self.quality_floor,
+            "quality_floor acts with speed_form='hinge' only; set that, or leave quality_floor out":
+                self.speed_form != "hinge" and bool(self.quality_floor),
+            f"speed_form={self.speed_form!r} needs a speed_weight above 0":
+                self.speed_form in ("hinge", "multiplicative") and quiet,
+            "speed_form='lagrangian' moves the weight of speed itself; leave 'speed' out of weight_schedules":
+                self.speed_form == "lagrangian" and scheduled,
+            "filter_quantile and low_quality act together: give both, or neither":
+                (self.low_quality == "off") != (self.filter_quantile == 0),
+            "order_factor='token_only' changes nothing without order='confidence' and estimator='replay'":
+                self.order_factor == "token_only"
+                and (self.sampler.order != "confidence" or self.estimator != "replay"),
+            "quality_weights holds 'speed', which has a weight of its own: speed_weight":
+                "speed" in self.quality_weights,
+        }  # fmt: skip
+        for message, clash in clashes.items():
+            if clash:
+                raise ValueError(message)
 
     def _check_schedules(self) -> None:
         known = [*self.quality_weights, "speed", "kl"]
@@ -187,7 +221,7 @@ class TrainConfig(_Checked):
                     f"weight_schedules names {name!r}; nearest: {nearest(name, known)!r} (one of {', '.join(known)})"
                 )
             pairs = isinstance(points, list | tuple) and all(
-                isinstance(point, list | tuple) and len(point) == 2 for point in points
+                isinstance(point, list | tuple) and len(point) == 2 and all(map(_is_number, point)) for point in points
             )
             times = [point[0] for point in points] if pairs else []
             if not times or times != sorted(set(times)):

@@ -13,7 +13,9 @@ SMOOTHING = 0.9
 """Of the curves that are watched."""
 HACKING_DROP = 0.5
 """A held-out reward this far below its best, in within-group deviations, while progress is at its best, is an alarm."""
-STATE = ("smoothed", "best_progress", "scale", "first_diversity", "held_out", "collapsed")
+LEAST_STD = 1e-4
+"""Of a reward inside groups; below it, it does not say anything yet."""
+STATE = ("smoothed", "best_progress", "scale", "first_diversity", "held_out", "weights", "collapsed")
 
 
 class Guard:
@@ -26,6 +28,7 @@ class Guard:
         self.scale: dict[str, tuple[float, float]] = {}
         self.first_diversity: float | None = None
         self.held_out: dict[str, tuple[float, float]] = {}
+        self.weights: dict[str, float] | None = None
         self.collapsed = False
 
     @property
@@ -36,7 +39,8 @@ class Guard:
     def watch(self, record: Mapping[str, Any]) -> list[str]:
         """Take in a record; returns warnings, none if all is well."""
         for name, mean in record["rewards"].items():
-            self.scale.setdefault(name, (mean, max(record["rewards_std"][name], 1e-3)))
+            if record["rewards_std"][name] > LEAST_STD:  # from the first iteration in which it says something
+                self.scale.setdefault(name, (mean, record["rewards_std"][name]))
         return [
             *self._collapse(record),
             *self._hacking(record),
@@ -48,17 +52,25 @@ class Guard:
         ]
 
     def progress(self, record: Mapping[str, Any]) -> float:
-        """Weighted rise of the quality rewards, each in its within-group deviations of iteration 1."""
-        weights = self.config.quality_weights
+        """Weighted rise of the quality rewards, each in its within-group deviations at its start."""
+        weights = {name: weight for name, weight in self._weights(record).items() if name in record["rewards"]}
         rises = [weight * self._rise(record, name) for name, weight in weights.items()]
-        return sum(rises) / sum(map(abs, weights.values()))
+        return sum(rises) / max(sum(map(abs, weights.values())), 1e-9)
+
+    def _weights(self, record: Mapping[str, Any]) -> dict[str, float]:
+        return {name: record["weights"][name] for name in self.config.quality_weights}
 
     def _rise(self, record: Mapping[str, Any], name: str) -> float:
+        if name not in self.scale:
+            return 0.0
         start, std = self.scale[name]
         return (record["rewards"][name] - start) / std
 
     def _collapse(self, record: Mapping[str, Any]) -> list[str]:
         progress = self.progress(record)
+        if self.weights not in (None, self._weights(record)):
+            self.smoothed = self.best_progress = None  # other weights, another measure
+        self.weights = self._weights(record)
         before = progress if self.smoothed is None else self.smoothed
         self.smoothed = SMOOTHING * before + (1 - SMOOTHING) * progress
         if self.best_progress is None or self.smoothed >= self.best_progress:

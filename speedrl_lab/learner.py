@@ -110,8 +110,9 @@ class Learner:
         """Learn from one rollout: `inner_epochs` optimizer steps on surrogate minus KL.
 
         Loss a sample = - sum over the scored tokens of (clipped surrogate - kl weight * KL) / N, and minus
-        the surrogate of its pace actions; averaged over the B samples. The numbers returned are means over
-        scored tokens in the last epoch; `ratio_deviation` is that of the first.
+        the surrogate of its pace actions; averaged over the B samples. Samples that the filter dropped take
+        no part. The numbers returned are means over scored tokens in the last epoch; `kl` and
+        `ratio_deviation` are those of the first, before any step.
         """
         self.played = self._weights()  # what drew the rollout, and what its quality belongs to
         config = self.config
@@ -131,19 +132,19 @@ class Learner:
                 stored = [self._chosen(visit, cond)[0] for visit in states]
         for epoch in range(config.inner_epochs):
             self.optimizer.zero_grad(set_to_none=True)
-            measured = self._backward(drawn.trajectory, cond, states, stored, advantages.advantage)
+            measured = self._backward(drawn.trajectory, cond, states, stored, advantages)
             norm = nn.utils.clip_grad_norm_(self.generator.policy.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer_steps += 1
             if epoch == 0:
-                first = measured["ratio_deviation"]
+                first = {name: measured[name] for name in ("kl", "ratio_deviation")}
         if self.average is not None:
             self.average.update(self.generator.policy)
         self.iteration += 1
         if config.speed_form == "lagrangian":
             self.excess = float(drawn.trajectory.steps.float().mean()) / config.target_steps - 1
             self.multiplier = next_multiplier(self.multiplier, self.excess, config.multiplier_rate)
-        return {**measured, "ratio_deviation": first, "gradient_norm": float(norm)}
+        return {**measured, **first, "gradient_norm": float(norm)}
 
     def _chosen(self, visit: Visit, cond: Cond) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the scored tokens (R,) and of all codes there (R, V)."""
@@ -151,10 +152,16 @@ class Learner:
         return log_probs.gather(1, visit.codes[:, None]).squeeze(1), log_probs
 
     def _backward(
-        self, trajectory: Trajectory, cond: Cond, states: list[Visit], stored: list[Tensor | None], advantage: Tensor
+        self,
+        trajectory: Trajectory,
+        cond: Cond,
+        states: list[Visit],
+        stored: list[Tensor | None],
+        advantages: Advantages,
     ) -> dict[str, float]:
         """Accumulate gradients over the scored states; returns means over tokens."""
         config, kl_weight = self.config, self.weights.kl
+        advantage, kept = advantages.advantage, advantages.kept.float()
         scale = trajectory.tokens.numel()  # B * N
         totals = dict.fromkeys(("kl", "entropy", "clip_fraction", "approx_kl", "ratio"), 0.0)
         scored, lowest, highest = 0, 1.0, 1.0
@@ -165,7 +172,7 @@ class Learner:
             old = chosen.detach() if old is None else old
             value, ratio, clipped = clipped_surrogate(chosen, old, advantage[visit.owners], config.clip_range)
             kl = kl_penalty(log_probs, anchor, visit.codes, config.kl_estimator)
-            loss = -(value - kl_weight * kl).sum() * visit.weight
+            loss = -((value - kl_weight * kl) * kept[visit.owners]).sum() * visit.weight
             if visit.picks is not None:
                 loss = loss - self._choice_value(trajectory, visit, chosen, advantage).sum()
             (loss / scale).backward()
@@ -225,16 +232,23 @@ class Learner:
             "guard": self.guard.state(),
             "best": self.best,
             "modules": self._weights(),
-            "reference": None if self.reference is None else deepcopy(self.reference.policy.state_dict()),
+            "reference": self._reference_state(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
+    def _reference_state(self) -> dict[str, Tensor]:
+        """The reference's weights; with an adapter, the frozen weights below it."""
+        if self.reference is not None:
+            return deepcopy(self.reference.policy.state_dict())
+        policy = self.generator.policy
+        return {key: value.detach().clone() for key, value in policy.named_parameters() if not value.requires_grad}
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint made by `state`."""
         self._load(state["modules"])
-        if self.reference is not None:
-            self.reference.policy.load_state_dict(state["reference"])
+        reference = self.generator.policy if self.reference is None else self.reference.policy
+        reference.load_state_dict(state["reference"], strict=self.reference is not None)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

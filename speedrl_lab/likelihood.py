@@ -62,7 +62,7 @@ def _replayed(trajectory: Trajectory, wanted: Tensor, batch_size: int) -> Iterat
     """The visits where `wanted` bool (B, T) holds."""
     for step in range(wanted.shape[1]):
         alive = (wanted[:, step] & (trajectory.steps > step)).nonzero().flatten()
-        for samples in alive.split(batch_size):
+        for samples in alive.split(batch_size) if len(alive) else ():
             scored = trajectory.revealed(step)[samples]  # (S, N)
             yield _visit(trajectory, step, samples, trajectory.state(step)[samples], scored, trajectory.log_prob)
 

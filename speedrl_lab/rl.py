@@ -1,9 +1,9 @@
 """Speed-RL: GRPO on quality and speed for masked image generators (arXiv 2512.01094).
 
 Read `train` top to bottom: rollout, score, advantages, update, record. The paper's code and formulas
-are not public. Ours: the step count is an action of a pace head, the order is independent of the model
-so that the replayed trajectory probability is exact, every reward is z-scored before it is weighted,
-and the penalty is the full-vocabulary KL to the starting point. Left out: several GPUs.
+are not public. Ours, by default: the step count is an action of a pace head, the order is independent of
+the model so that the replayed trajectory probability is exact, every reward is z-scored before it is
+weighted, and the penalty is a full-vocabulary KL to the starting point. Left out: several GPUs.
 """
 
 import time
@@ -43,7 +43,9 @@ def train(
     learner = Learner(generator, config)
     if run is not None:
         saved = run.load_checkpoint()
-        if saved is not None:
+        if saved is None:
+            run.save_checkpoint(learner.state())  # so that a second call knows where the first began
+        else:
             learner.restore(saved)
     while learner.iteration < config.iterations and not learner.guard.collapsed:
         began = time.perf_counter()
@@ -80,6 +82,15 @@ def check(
             f"speed_weight={config.speed_weight} cannot act with schedule={config.sampler.schedule!r}: every "
             "sample of a group takes the same number of steps; use schedule='paced' or speed_weight=0"
         )
+    if "speed" in needed and config.sampler.schedule == "random_budget" and config.speed_form != "multiplicative":
+        raise ValueError(
+            f"speed_form={config.speed_form!r} teaches nothing with schedule='random_budget', where chance draws the "
+            "steps; use schedule='paced', speed_form='multiplicative', or speed_weight=0"
+        )
+    if len(prompts) < config.num_groups and prompts:
+        raise ValueError(
+            f"num_groups={config.num_groups}: expected at most one group a prompt; nearest: {len(prompts)}"
+        )
     unknown = [name for name in config.quality_floor if name not in rewards]
     if unknown:
         raise ValueError(f"quality_floor names {unknown[0]!r}, which is not among the rewards ({', '.join(rewards)})")
@@ -110,7 +121,7 @@ def rollout(
     images = generator.decode(trajectory.tokens)
     scored = {name: reward(images, repeated, trajectory).float() for name, reward in rewards.items()}
     for name, value in scored.items():
-        unusable = value.isinf().any() or value.isnan().all()
+        unusable = value.isinf().any() or (iteration == 0 and value.isnan().all())
         if value.shape != (len(repeated),) or unusable:
             raise ValueError(
                 f"reward {name!r} gave shape {tuple(value.shape)}"
@@ -150,15 +161,17 @@ def describe(
 ) -> dict[str, Any]:
     """The record of one iteration: plain numbers, names as TRL logs them where it has the same."""
     config, trajectory = learner.config, drawn.trajectory
-    raw = {name: float(value.nanmean()) for name, value in drawn.rewards.items()}
-    quality = sum(weight * raw[name] for name, weight in weights.quality.items())
-    quality = quality / max(sum(map(abs, weights.quality.values())), 1e-9)
+    scored = {name: value for name, value in drawn.rewards.items() if not value.isnan().all()}
+    raw = {name: float(value.nanmean()) for name, value in scored.items()}
+    used = {name: weight for name, weight in weights.quality.items() if name in raw}
+    quality = sum(weight * raw[name] for name, weight in used.items())
+    quality = quality / max(sum(map(abs, used.values())), 1e-9)
     return {
         "iteration": learner.iteration,
         "reward": quality + weights.speed * raw.get("speed", 0.0),
         "quality": quality,
         "rewards": raw,
-        "rewards_std": {name: within_group_std(value, config.group_size) for name, value in drawn.rewards.items()},
+        "rewards_std": {name: within_group_std(value, config.group_size) for name, value in scored.items()},
         "weights": {**weights.quality, "speed": weights.speed, "kl": weights.kl},
         "effective_weights": advantages.effective_weights,
         "masked": advantages.masked,

@@ -75,10 +75,19 @@ class Run:
 
     def records(self) -> pd.DataFrame:
         """All records so far, nested rewards as `rewards.<name>` columns."""
-        if not self.metrics.is_file():
-            return pd.DataFrame()
-        lines = self.metrics.read_text().splitlines()
-        return pd.json_normalize([json.loads(line) for line in lines])
+        return pd.json_normalize(self._read())
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The records on disk; a last line that a kill cut short is left out."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.is_file() else []
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                if number < len(lines):
+                    raise ValueError(f"{self.metrics} is broken in line {number}; remove that line") from None
+        return records
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write checkpoint.pt: tensors and plain values only, no pickled code."""
@@ -100,9 +109,8 @@ class Run:
         if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
             raise ValueError(f"{path} is not a version {CHECKPOINT_VERSION} checkpoint of this project")
         if self.metrics.is_file():
-            lines = self.metrics.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["iteration"] <= state["iteration"]]
-            write_atomic(self.metrics, "".join(line + "\n" for line in kept))
+            kept = [record for record in self._read() if record["iteration"] <= state["iteration"]]
+            write_atomic(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return state
 
     def write_card(self, facts: Mapping[str, Any]) -> Path:

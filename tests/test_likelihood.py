@@ -257,6 +257,12 @@ def test_masks_of_an_estimator_come_from_its_seed(emoji, estimator):
     assert torch.equal(first, again) and not torch.allclose(first, other)
 
 
+def test_critical_steps_leave_no_empty_states(emoji):
+    trajectory = sample(emoji, PROMPTS, SamplerConfig(steps=8, schedule="power"))
+    states = list(scored_states(trajectory, "critical"))
+    assert {visit.step for visit in states} < set(range(8)) and all(len(visit.rows) for visit in states)
+
+
 def test_one_step_is_exact_for_one_step(emoji):
     trajectory = sample(emoji, PROMPTS, SamplerConfig(steps=1))
     with torch.no_grad():

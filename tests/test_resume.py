@@ -63,10 +63,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, config, stop_after):
 
 
 @CONFIGS
-def test_going_on_in_the_same_session_keeps_the_reference(tmp_path, config):
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_going_on_in_the_same_session_keeps_the_reference(tmp_path, config, stop_after):
     whole = trained(make_toy(), config, tmp_path / "whole")
     generator = make_toy()
-    trained(generator, config, tmp_path / "parts", stop_after=3)
+    trained(generator, config, tmp_path / "parts", stop_after)
     assert torch.equal(trained(generator, config, tmp_path / "parts"), whole)
     assert without_times(logged(tmp_path / "parts")) == without_times(logged(tmp_path / "whole"))
 
@@ -105,7 +106,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 
 def test_the_guards_go_on_too(tmp_path):
     """Smoothed quality and best weights belong to the checkpoint: a collapse is seen across a stop."""
-    config = replace(FIXED, iterations=30, save_every=1, collapse_drop=1000.0, quality_weights={"told": 1.0})
+    config = replace(FIXED, iterations=30, save_every=1, collapse_drop=4000.0, quality_weights={"told": 1.0})
 
     def run(folder: Path, stop_after: int | None) -> tuple[int, torch.Tensor]:
         def told(images, prompts, trajectory):
@@ -143,3 +144,18 @@ def test_other_settings_are_refused(tmp_path):
         opened(tmp_path / "run", replace(FIXED, learning_rate=0.5))
     with pytest.raises(FileExistsError, match="go on with resume=True"):
         Run.open(tmp_path / "run", asdict(FIXED))
+
+
+def test_a_lora_run_goes_on_from_its_own_base(tmp_path):
+    whole = trained(make_toy(), LORA, tmp_path / "whole")
+    trained(make_toy(), LORA, tmp_path / "parts", stop_after=3)
+    assert torch.equal(trained(make_toy(seed=1), LORA, tmp_path / "parts"), whole)
+
+
+def test_a_record_cut_short_by_a_kill_is_left_out(tmp_path):
+    whole = trained(make_toy(), FIXED, tmp_path / "whole")
+    trained(make_toy(), FIXED, tmp_path / "parts", stop_after=3)
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "rew')
+    assert torch.equal(trained(make_toy(), FIXED, tmp_path / "parts"), whole)
+    assert [record["iteration"] for record in logged(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]

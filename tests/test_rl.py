@@ -262,6 +262,13 @@ def bad_reward(images, prompts, trajectory):
         ({"speed_weight": 0.1, "sampler": PACED}, TWOS, PROMPTS, "reward 'speed' has a weight but is not"),
         ({"speed_weight": 0.1}, {**TWOS, "speed": speed_reward}, PROMPTS, "speed_weight=0.1 cannot act with"),
         ({"sampler": SamplerConfig(steps=5)}, TWOS, PROMPTS, "steps=5: expected 1 to 4; nearest: 4"),
+        (
+            {"speed_weight": 0.1, "sampler": SamplerConfig(steps=3, schedule="random_budget")},
+            {**TWOS, "speed": speed_reward},
+            PROMPTS,
+            "speed_form='additive' teaches nothing with schedule='random_budget'",
+        ),
+        ({}, TWOS, PROMPTS[:2], "num_groups=3: expected at most one group a prompt; nearest: 2"),
         ({}, TWOS, [], "no training prompts given"),
         ({}, {"twos": bad_reward}, PROMPTS, "reward 'twos' gave shape .* nothing but NaN"),
         ({}, {"twos": lambda *_: torch.ones(3)}, PROMPTS, r"reward 'twos' gave shape \(3,\); expected 24"),
@@ -362,6 +369,30 @@ def test_samples_that_cannot_be_scored_are_masked(toy):
     assert all(record["masked"] == {"twos": 2} for record in records)
     assert all(json.loads(json.dumps(record, allow_nan=False)) for record in records)
     assert records[-1]["rewards"]["twos"] > records[0]["rewards"]["twos"]
+
+
+def test_a_batch_that_a_reward_cannot_score_is_no_end(toy):
+    calls = iter(range(100))
+
+    def seldom(images, prompts, trajectory):
+        scores = share_of_twos(images, prompts, trajectory)
+        return torch.full_like(scores, torch.nan) if next(calls) == 2 else scores
+
+    config = replace(TOY, iterations=5, quality_weights={"twos": 1.0, "seldom": 1.0})
+    records = list(train(toy(), PROMPTS, {**TWOS, "seldom": seldom}, config))
+    assert [set(record["rewards"]) for record in records] == [{"twos", "seldom"}] * 2 + [{"twos"}] + [
+        {"twos", "seldom"}
+    ] * 2
+    assert records[2]["masked"]["seldom"] == 24 and not any(record["warnings"] for record in records[:2])
+    assert all(json.loads(json.dumps(record, allow_nan=False)) for record in records)
+
+
+def test_dropped_samples_take_no_part(toy):
+    drawn, learner = all_outcomes(toy()), Learner(toy(), replace(TOY, kl_weight=1.0))
+    randomize(learner.generator.policy, 9, std=0.7)
+    nobody = replace(given(torch.ones(81)), kept=torch.zeros(81, dtype=torch.bool))
+    learner.update(drawn, nobody)
+    assert float(gradients(learner.generator).abs().max()) == 0
 
 
 def test_reward_hacking_is_said(toy):
