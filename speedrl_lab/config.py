@@ -398,7 +398,7 @@ def _presets() -> dict[str, RunConfig]:
     demo = replace(
         emoji,
         preset="demo",
-        train=replace(emoji.train, iterations=100, learning_rate=3e-4, speed_form="lagrangian", target_steps=3.0),
+        train=replace(emoji.train, iterations=100, speed_form="lagrangian", speed_weight=1.0, target_steps=3.0),
         evaluation=replace(emoji.evaluation, budgets=(1, 2, 3, 4, 8, 16), num_prompts=64),
     )
     sweep = replace(
