@@ -93,7 +93,7 @@ def test_failed_cell_names_the_error_and_the_partial_notebook(notebook, tmp_path
         ({"fail": "false"}, TypeError, "has type str, expected bool"),
         ({"budgets": [1, "2"]}, TypeError, r"expected list\[int\]"),
         ({"preset": "smok"}, ValueError, "unknown preset 'smok'; nearest: 'smoke'"),
-        ({"iterations": -1}, ValueError, "iterations=-1: expected at least 0"),
+        ({"iterations": -1}, ValueError, "iterations=-1: expected at least 1"),
         ({"order": "haltom"}, ValueError, "nearest: 'halton'"),
         ({"budgets": []}, ValueError, "budgets"),
     ],

@@ -64,7 +64,7 @@ def test_trials_are_the_finished_runs_by_weight_and_seed(tmp_path, monkeypatch):
     [
         ([], "no finished run"),
         ([{"schedule": "power"}], "schedule='power'; expected 'paced'"),
-        ([{}, {"speed_weight": 1.0, "kl_weight": 0.5}], r"differ in kl_weight \(0.02, 0.5\)"),
+        ([{}, {"speed_weight": 1.0, "kl_weight": 0.5}], r"differ in kl_weight \(0.01, 0.5\)"),
         ([{}, {"name": "again"}], "twice"),
     ],
 )
