@@ -16,7 +16,7 @@ from speedrl_lab import SamplerConfig, load_generator, load_prompts
 from speedrl_lab.search import best_samplers, save_base_samplers, with_passes, with_steps
 
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16)
-PASSES = (*STEPS, 24, 32)
+PASSES = (*STEPS, 5, 24, 32)
 CANDIDATES = [
     SamplerConfig(order=order, schedule=schedule, guidance_scale=scale, temperature=temperature, **more)
     for scale in (1.0, 2.0, 3.0)

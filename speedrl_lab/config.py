@@ -399,7 +399,7 @@ def _presets() -> dict[str, RunConfig]:
         emoji,
         preset="demo",
         train=replace(emoji.train, iterations=100, speed_form="lagrangian", speed_weight=1.0, target_steps=3.0),
-        evaluation=replace(emoji.evaluation, budgets=(1, 2, 3, 4, 8, 16), num_prompts=64),
+        evaluation=replace(emoji.evaluation, budgets=(1, 2, 3, 4, 5, 8, 16), num_prompts=64),
     )
     sweep = replace(
         emoji,
