@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 def outputs_root() -> Path:

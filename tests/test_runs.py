@@ -109,7 +109,7 @@ def test_broken_checkpoints_are_one_line_and_stay(tmp_path, damage):
     else:
         path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}[damage])
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match="checkpoint.pt is (truncated|not a version 1)") as e:
+    with pytest.raises(ValueError, match="checkpoint.pt is (truncated|not a version 2)") as e:
         run.load_checkpoint()
     assert "\n" not in str(e.value)
     assert snapshot(tmp_path) == before
