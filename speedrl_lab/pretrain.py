@@ -16,6 +16,7 @@ from torch.nn import functional
 from speedrl_lab import scenes
 from speedrl_lab.average import Average
 from speedrl_lab.networks import Detector, MaskedTransformer, SmallClip, Tokenizer
+from speedrl_lab.runs import read_checkpoint, write_checkpoint
 
 EMA_DECAY = 0.999
 CAPTION_DROP = 0.1
@@ -97,9 +98,7 @@ def _fit(
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(checkpoint)
+        write_checkpoint(checkpoint, state)
 
     network.train()
     began = time.perf_counter()
@@ -138,12 +137,8 @@ def _fit(
 
 
 def _read_checkpoint(path: Path, device: torch.device) -> dict:
-    """The state in a checkpoint; ValueError in one line for a truncated or foreign file."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is truncated or no checkpoint: {reason}") from None
+    """The state in a pretraining checkpoint; ValueError in one line for any other file."""
+    state = read_checkpoint(path, device)
     if not isinstance(state, dict) or not {"iteration", "precision", "optimizers"} <= state.keys():
         raise ValueError(f"{path} is no pretraining checkpoint of this project; remove it to start afresh")
     return state

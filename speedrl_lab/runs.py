@@ -29,6 +29,22 @@ def write_atomic(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors and plain values so that readers see the old or the new file, never a part."""
+    partial = path.with_suffix(".partial")
+    torch.save(dict(state), partial)
+    partial.replace(path)
+
+
+def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What `write_checkpoint` wrote, no pickled code; ValueError in one line for a truncated or foreign file."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is truncated or no checkpoint: {reason}") from None
+
+
 class Run:
     """A run folder that is open for writing."""
 
@@ -91,9 +107,7 @@ class Run:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write checkpoint.pt: tensors and plain values only, no pickled code."""
-        partial = self.path / "checkpoint.partial"
-        torch.save({"version": CHECKPOINT_VERSION, **state}, partial)
-        partial.replace(self.path / "checkpoint.pt")
+        write_checkpoint(self.path / "checkpoint.pt", {"version": CHECKPOINT_VERSION, **state})
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint or None; drops records written after it. ValueError for a broken file."""
@@ -101,11 +115,7 @@ class Run:
         if not path.is_file():
             self.metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
             return None
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{path} is truncated or no checkpoint: {reason}") from None
+        state = read_checkpoint(path)
         if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
             raise ValueError(f"{path} is not a version {CHECKPOINT_VERSION} checkpoint of this project")
         if self.metrics.is_file():

@@ -4,7 +4,6 @@ A few tokens of a few codes, drawn as gray squares, from the captions of EmojiSc
 random numbers from a seed: it paints nothing, but every expectation over its samples is a finite sum.
 """
 
-from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,55 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from speedrl_lab import scenes
-from speedrl_lab.adapters import merged
-from speedrl_lab.generator import Cond, GeneratorSpec, StepInfo
+from speedrl_lab.generators.captioned import CaptionedGenerator
 from speedrl_lab.networks import MaskedTransformer
 from speedrl_lab.pace import PaceHead
-from speedrl_lab.weights import load_pace, load_weights, save_weights
+from speedrl_lab.weights import load_pace, load_weights
 
 PATCH = 4  # pixels along a token
 
 
-class TinyGenerator:
+class TinyGenerator(CaptionedGenerator):
     """A masked transformer behind the generator contract; code c of V is a square of brightness c/(V-1)."""
 
-    lora_targets = ("qkv", "out", "up", "down")
-
     def __init__(self, policy: MaskedTransformer, pace: PaceHead | None = None):
-        rows, columns = policy.config["grid"]
-        self.policy, self.pace = policy, pace
-        self.spec = GeneratorSpec(
-            name="tiny",
-            grid=(rows, columns),
-            image_size=(rows * PATCH, columns * PATCH),
-            codebook_size=policy.codebook_size,
-            mask_id=policy.mask_id,
-            conditioning="text",
-            time_input="none",
-        )
-
-    @property
-    def device(self) -> torch.device:
-        return self.policy.image_position.device
-
-    def encode(self, prompts: Sequence[str]) -> Cond:
-        """Word ids of the prompts; raises ValueError for a word or form outside the grammar."""
-        return Cond({"words": scenes.encode_captions(prompts).to(self.device)})
-
-    def null(self, count: int) -> Cond:
-        return Cond({"words": torch.zeros(count, scenes.MAX_WORDS, dtype=torch.int64, device=self.device)})
-
-    def logits(self, tokens: Tensor, cond: Cond, step: StepInfo, rows: Tensor | None = None) -> Tensor:
-        """Time is not an input: the masks tell the network where it stands."""
-        return self.policy(tokens, cond.tensors["words"], rows)
+        super().__init__("tiny", policy, pace, PATCH)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Gray squares of PATCH pixels."""
-        bad = tokens[(tokens < 0) | (tokens >= self.spec.codebook_size)]
-        if len(bad):
-            raise ValueError(
-                f"cannot decode token {int(bad[0])}: expected codes 0 to {self.spec.codebook_size - 1}, no mask"
-            )
+        self.require_codes(tokens)
         gray = (tokens.float() / (self.spec.codebook_size - 1)).unflatten(1, self.spec.grid)  # (B, h, w)
         squares = gray.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)  # (B, H, W)
         return squares[:, None].repeat(1, 3, 1, 1)
@@ -72,9 +39,6 @@ class TinyGenerator:
 
     def copy(self) -> "TinyGenerator":
         return TinyGenerator(deepcopy(self.policy), deepcopy(self.pace))
-
-    def save_policy(self, path: Path | str, origin: str = "") -> None:
-        save_weights(merged(self.policy), path, origin, self.pace)
 
 
 def make_tiny(grid: tuple[int, int] = (2, 2), codes: int = 3, seed: int = 0) -> TinyGenerator:
