@@ -1,5 +1,7 @@
 """Rewards on pictures whose truth is known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -77,7 +79,8 @@ def test_novelty_of_identical_pictures_is_zero(real, count):
 
 
 def test_speed_is_minus_the_share_of_the_longest_unmasking():
-    trajectory = recorded(torch.zeros(3, 64, dtype=torch.int64), torch.tensor([1, 16, 64]))
+    trajectory = recorded(torch.zeros(3, 64, dtype=torch.int64), torch.tensor([1, 8, 32]))
+    trajectory = replace(trajectory, forwards=torch.tensor([1, 16, 64]))  # guidance: passes are what costs
     scores = speed_reward(torch.zeros(3, 3, 32, 32), ["a dog"] * 3, trajectory)
     assert scores.tolist() == [-1 / 64, -0.25, -1.0] and scores.dtype == torch.float32
 
@@ -100,7 +103,7 @@ def test_coherence_tells_scenes_from_confetti(real, tokenizer: Tokenizer):
 
 def test_rewards_come_in_the_order_of_their_names():
     assert list(build_rewards(["speed", "clip"])) == ["speed", "clip"]
-    assert set(NAMES) == {"clip", "coherence", "novelty", "detector", "speed"}
+    assert set(NAMES) == {"clip", "coherence", "novelty", "detector", "speed", "geneval"}
 
 
 def test_unknown_rewards_name_the_nearest():

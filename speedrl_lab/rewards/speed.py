@@ -1,4 +1,4 @@
-"""The speed reward: minus the share of the longest possible unmasking that a sample took."""
+"""The speed reward: minus the forward passes of a sample, as a share of one pass a token."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from speedrl_lab.trajectory import Trajectory
 
 
 def speed_reward(images: Tensor, prompts: Sequence[str], trajectory: Trajectory) -> Tensor:
-    """-steps / N, float32 (B,), where N is the number of tokens (one a step is the slowest).
+    """-forwards / N, float32 (B,), where N is the number of tokens; without guidance, a step is one pass.
 
     The additive form; our interpretation, since the paper's formula is not public.
     """
-    return -trajectory.steps.float() / trajectory.tokens.shape[1]
+    return -trajectory.forwards.float() / trajectory.tokens.shape[1]
