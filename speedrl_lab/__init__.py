@@ -9,20 +9,23 @@ These names are the whole public surface; `lab.plots` and `lab.widgets` draw wha
 """
 
 from speedrl_lab import plots, schedules, widgets
-from speedrl_lab.config import EvalConfig, PretrainConfig, RunConfig, SamplerConfig, TrainConfig
-from speedrl_lab.evaluate import evaluate, frontier, passes_at_quality, score_samples, summarize
+from speedrl_lab.config import DistillConfig, EvalConfig, PretrainConfig, RunConfig, SamplerConfig, TrainConfig
+from speedrl_lab.distill import distill
+from speedrl_lab.evaluate import evaluate, score_samples, summarize
 from speedrl_lab.generators import load_generator
+from speedrl_lab.intervals import frontier, passes_at_quality, passes_to_reach
 from speedrl_lab.likelihood import trajectory_log_prob
+from speedrl_lab.prompts import load_prompts
 from speedrl_lab.rewards import build_rewards
 from speedrl_lab.rl import train
 from speedrl_lab.runs import Run
 from speedrl_lab.sampler import sample
-from speedrl_lab.scenes import load_prompts
 from speedrl_lab.search import load_base_samplers, load_base_samplers_by_passes, search_samplers
 from speedrl_lab.selftest import selftest
 from speedrl_lab.trajectory import Trajectory
 
 __all__ = [
+    "DistillConfig",
     "EvalConfig",
     "PretrainConfig",
     "Run",
@@ -31,6 +34,7 @@ __all__ = [
     "TrainConfig",
     "Trajectory",
     "build_rewards",
+    "distill",
     "evaluate",
     "frontier",
     "load_base_samplers",
@@ -38,6 +42,7 @@ __all__ = [
     "load_generator",
     "load_prompts",
     "passes_at_quality",
+    "passes_to_reach",
     "plots",
     "sample",
     "schedules",

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Order = Literal["confidence", "halton", "random"]
-Schedule = Literal["cosine", "linear", "power", "paced", "random_budget", "threshold"]
-VARYING = ("paced", "random_budget", "threshold")
+Schedule = Literal["cosine", "linear", "power", "paced", "adaptive", "random_budget", "threshold"]
+HEADED = ("paced", "adaptive")
+"""Schedules that a pace head decides."""
+VARYING = (*HEADED, "random_budget", "threshold")
 """Schedules under which samples of one group take different numbers of steps."""
 
 
@@ -50,13 +52,13 @@ class SamplerConfig(_Checked):
     """How tokens are revealed."""
 
     steps: int = 8
-    """Rounds of unmasking; for the paced schedule, the most there can be."""
+    """Rounds of unmasking; for the paced and adaptive schedules, the most there can be."""
     order: Order = "halton"
     """Which positions come first; Halton and random orders do not depend on the model."""
     schedule: Schedule = "cosine"
-    """How many positions each step reveals. `paced`: the policy's pace head chooses. `random_budget`: a power
-    schedule of 1 to `steps` steps, drawn for every sample. `threshold`: the power schedule, until the policy
-    is confident of all that is left."""
+    """How many positions each step reveals. `paced`: the policy's pace head chooses. `adaptive`: the head chooses
+    temperature and guidance of the step as well. `random_budget`: a power schedule of 1 to `steps` steps, drawn
+    for every sample. `threshold`: the power schedule, until the policy is confident of all that is left."""
     power: float = 3.0
     """Exponent of the power schedule: after step i of T, a share ((i+1)/T)**power is known."""
     stop_confidence: float = 0.9
@@ -69,6 +71,9 @@ class SamplerConfig(_Checked):
     """Gumbel noise on the confidences, falling linearly to 0; confidence order only."""
     greedy_pace: bool = False
     """Take the most probable pace instead of drawing one (evaluation)."""
+    start_noise: float = 0.0
+    """Share of positions that show a random code instead of a mask in the first step, where they are drawn all
+    the same: what a one-step generator takes its diversity from (Di[M]O, arXiv 2503.15457)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +83,10 @@ class SamplerConfig(_Checked):
         self._require(self.temperature > 0, "temperature", "a positive number")
         self._require(self.choice_temperature >= 0, "choice_temperature", "a number of at least 0")
         self._require(0 < self.stop_confidence <= 1, "stop_confidence", "a number above 0, at most 1")
+        self._require(0 <= self.start_noise <= 1, "start_noise", "a share from 0 to 1")
+        for name in ("temperature", "guidance_scale"):
+            if self.schedule == "adaptive" and getattr(self, name) != 1.0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: schedule='adaptive' chooses it; leave it at 1.0")
         if self.schedule in VARYING and self.order == "confidence":
             raise ValueError(f"schedule={self.schedule!r} needs a model-independent order: 'halton' or 'random'")
 
@@ -88,6 +97,9 @@ class TrainConfig(_Checked):
 
     sampler: SamplerConfig = SamplerConfig(steps=4, order="halton", schedule="power")
     """Rollouts are drawn with exactly this sampler, and scored with exactly this distribution."""
+    trained: Literal["policy", "schedule"] = "policy"
+    """`policy`: network and pace head. `schedule`: the pace head alone, on a frozen network (AdaNAT, arXiv
+    2409.00342); nothing then holds to a reference or scores tokens, so that an update costs no passes."""
     iterations: int = 100
     """Rollout-and-update rounds."""
     num_groups: int = 12
@@ -111,6 +123,12 @@ class TrainConfig(_Checked):
     kl_estimator: Literal["cross_entropy", "exact", "k1", "k2", "k3"] = "cross_entropy"
     """Full vocabulary at visited states: forward KL(reference, policy) or `exact` reverse KL(policy, reference);
     `k1`, `k2`, `k3` estimate the reverse one from the tokens drawn."""
+    match_weight: float = 0.0
+    """Of token-level matching of the rollouts with the samples of a many-step teacher (`matching`); 0 is off."""
+    match_guidance: float = 2.0
+    """Guidance scale of that teacher."""
+    match_learning_rate: float = 5e-4
+    """Of the auxiliary model that matching learns the rollouts with (Adam)."""
     estimator: Literal["replay", "random_mask", "one_step", "coupled", "critical"] = "replay"
     """How the log-probability of a trajectory is estimated; `replay` is exact, the others are cheaper and biased."""
     order_factor: Literal["exact", "token_only"] = "exact"
@@ -128,13 +146,13 @@ class TrainConfig(_Checked):
     multiplicative form, the first multiplier of the Lagrangian one."""
     speed_form: Literal["additive", "multiplicative", "hinge", "lagrangian"] = "additive"
     """How speed joins quality: added; as a factor; added where quality reaches `quality_floor`; added with a
-    multiplier that moves until the mean number of steps is `target_steps`."""
+    multiplier that moves until the mean cost is `target_steps`."""
     quality_floor: Mapping[str, float] = field(default_factory=dict)
     """Hinge form: least raw value of each named reward below which speed earns nothing."""
     target_steps: float = 3.0
-    """Lagrangian form: mean number of steps to hold."""
+    """Lagrangian form: mean number of forward passes to hold; without guidance, that is steps."""
     multiplier_rate: float = 0.05
-    """Lagrangian form: change of the multiplier an iteration, times the relative excess of steps."""
+    """Lagrangian form: change of the multiplier an iteration, times the relative excess of passes."""
     weight_schedules: Mapping[str, Any] = field(default_factory=dict)
     """Weights that change: reward name, `speed` or `kl` -> [[iteration, weight], ...], linear in between."""
     filter_quantile: float = 0.0
@@ -165,6 +183,9 @@ class TrainConfig(_Checked):
         self._require(self.micro_batch_size >= 1, "micro_batch_size", "at least 1")
         self._require(self.learning_rate > 0, "learning_rate", "a positive number")
         self._require(self.kl_weight >= 0, "kl_weight", "a number of at least 0")
+        self._require(self.match_weight >= 0, "match_weight", "a number of at least 0")
+        self._require(self.match_guidance >= 0, "match_guidance", "a number of at least 0 (1 is off)")
+        self._require(self.match_learning_rate > 0, "match_learning_rate", "a positive number")
         self._require(0 <= self.filter_quantile < 1, "filter_quantile", "a number in [0, 1)")
         self._require(bool(self.quality_weights), "quality_weights", "at least one reward name")
         self._require(self.lora_rank >= 0, "lora_rank", "at least 0 (0 trains all weights)")
@@ -190,7 +211,7 @@ class TrainConfig(_Checked):
 
     def _check_combinations(self) -> None:
         """Refuse settings of which one would silently do nothing."""
-        scheduled = "speed" in self.weight_schedules
+        scheduled, frozen = "speed" in self.weight_schedules, self.trained == "schedule"
         quiet = self.speed_weight == 0 and not scheduled
         clashes = {
             "speed_form='hinge' needs quality_floor, for instance quality_floor={'clip': 0.8}":
@@ -206,8 +227,20 @@ class TrainConfig(_Checked):
             "order_factor='token_only' changes nothing without order='confidence' and estimator='replay'":
                 self.order_factor == "token_only"
                 and (self.sampler.order != "confidence" or self.estimator != "replay"),
+            "match_weight needs the tokens' own states: estimator='replay', a model-independent order, and a policy "
+            "that is trained":
+                self.match_weight > 0
+                and (self.estimator != "replay" or self.sampler.order == "confidence" or self.trained == "schedule"),
             "quality_weights holds 'speed', which has a weight of its own: speed_weight":
                 "speed" in self.quality_weights,
+            f"schedule={self.sampler.schedule!r} leaves trained='schedule' nothing to learn; use 'paced' or 'adaptive'":
+                frozen and self.sampler.schedule not in HEADED,
+            "steps=1 leaves the pace nothing to choose; use steps of at least 2, or schedule='adaptive'":
+                frozen and self.sampler.schedule == "paced" and self.sampler.steps == 1,
+            "trained='schedule' leaves the policy as it is; leave lora_rank, ema_decay and estimator at their defaults":
+                frozen and (self.lora_rank > 0 or self.ema_decay > 0 or self.estimator != "replay"),
+            f"estimator={self.estimator!r} makes states without an action; schedule='adaptive' needs 'replay'":
+                self.sampler.schedule == "adaptive" and self.estimator not in ("replay", "critical"),
         }  # fmt: skip
         for message, clash in clashes.items():
             if clash:
@@ -228,6 +261,55 @@ class TrainConfig(_Checked):
                 raise ValueError(
                     f"weight_schedules[{name!r}]={points!r}: expected [[iteration, weight], ...], iterations rising"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(_Checked):
+    """The distillation rivals of Speed-RL."""
+
+    method: Literal["sdtt", "dimo"] = "sdtt"
+    """`sdtt`: one student step matches two guided teacher steps, in rounds (arXiv 2410.21035). `dimo`: samples of
+    one to a few steps match the teacher token by token, with an auxiliary model of them (arXiv 2503.15457)."""
+    distill_iterations: int = 600
+    """Optimizer steps of the student."""
+    distill_batch_size: int = 96
+    """Samples an iteration."""
+    distill_learning_rate: float = 1e-4
+    """Of the student (Adam); warms up over 20 iterations and falls linearly to 0."""
+    teacher_guidance: float = 2.0
+    """Guidance scale of the teacher, folded into the student."""
+    reverse_share: float = 0.0
+    """Share of KL(student, teacher) in the loss, the rest is KL(teacher, student); `dimo` may go below 0."""
+    rounds: int = 3
+    """sdtt: rounds; after each the student is the teacher of the next, which takes half the steps."""
+    teacher_steps: int = 16
+    """sdtt: steps of the first teacher over a whole picture."""
+    pool_size: int = 2048
+    """sdtt: teacher samples that states are made from."""
+    student_steps: tuple[int, ...] = (1, 2, 4)
+    """dimo: steps of the student's samples, in turn."""
+    auxiliary_learning_rate: float = 5e-4
+    """dimo: of the model of the student's samples (Adam); slower than the student's, the two chase each other."""
+    distill_ema: float = 0.95
+    """Of the average of the student's weights that is the result; 0 keeps the last weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("distill_iterations", "distill_batch_size", "rounds", "pool_size"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("distill_learning_rate", "auxiliary_learning_rate"):
+            self._require(getattr(self, name) > 0, name, "a positive number")
+        self._require(0 <= self.distill_ema < 1, "distill_ema", "a number in [0, 1)")
+        self._require(self.teacher_guidance >= 0, "teacher_guidance", "a number of at least 0 (1 is off)")
+        self._require(-1 <= self.reverse_share <= 1, "reverse_share", "a number from -1 to 1")
+        self._require(
+            self.teacher_steps % 2**self.rounds == 0,
+            "teacher_steps",
+            f"a multiple of 2**rounds = {2**self.rounds}: every round halves the steps",
+        )
+        self._require(
+            len(self.student_steps) > 0 and min(self.student_steps) >= 1, "student_steps", "step counts from 1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +380,7 @@ class RunConfig(_Checked):
     matmul_precision: Literal["highest", "medium"] = "highest"
     """Of float32 products in training; `medium` multiplies in bfloat16, 1.6x faster where a CPU can."""
     train: TrainConfig = TrainConfig()
+    distillation: DistillConfig = DistillConfig()
     evaluation: EvalConfig = EvalConfig()
     pretrain: PretrainConfig = PretrainConfig()
 
@@ -325,13 +408,14 @@ class RunConfig(_Checked):
             owner: {
                 name: _typed(name, value, owners[name][1]) for name, value in knobs.items() if owners[name][0] is owner
             }
-            for owner in (SamplerConfig, TrainConfig, EvalConfig, PretrainConfig, RunConfig)
+            for owner in (SamplerConfig, TrainConfig, DistillConfig, EvalConfig, PretrainConfig, RunConfig)
         }
         sampler = replace(train.sampler, **changes[SamplerConfig])
         return replace(
             config,
             preset=preset,
             train=replace(train, sampler=sampler, **changes[TrainConfig]),
+            distillation=replace(config.distillation, **changes[DistillConfig]),
             evaluation=replace(config.evaluation, **changes[EvalConfig]),
             pretrain=replace(config.pretrain, **changes[PretrainConfig]),
             **changes[RunConfig],
@@ -339,7 +423,7 @@ class RunConfig(_Checked):
 
     def flat(self) -> dict[str, Any]:
         """Every field and value in one dictionary."""
-        parts = (self, self.train, self.train.sampler, self.evaluation, self.pretrain)
+        parts = (self, self.train, self.train.sampler, self.distillation, self.evaluation, self.pretrain)
         return {f.name: getattr(part, f.name) for part in parts for f in fields(part) if f.name not in _NESTED}
 
     def to_json(self) -> str:
@@ -354,13 +438,13 @@ class RunConfig(_Checked):
         return "\n".join(lines)
 
 
-_NESTED = ("sampler", "train", "evaluation", "pretrain")
+_NESTED = ("sampler", "train", "distillation", "evaluation", "pretrain")
 
 
 def flat_fields() -> dict[str, tuple[type, Any]]:
     """Every settable name with its class and type; names are unique over all classes."""
     table: dict[str, tuple[type, Any]] = {}
-    for owner in (RunConfig, TrainConfig, SamplerConfig, EvalConfig, PretrainConfig):
+    for owner in (RunConfig, TrainConfig, SamplerConfig, DistillConfig, EvalConfig, PretrainConfig):
         hints = get_type_hints(owner)
         table |= {f.name: (owner, hints[f.name]) for f in fields(owner) if f.name not in _NESTED}
     return table

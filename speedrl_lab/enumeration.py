@@ -54,8 +54,11 @@ def enumerate_trajectories(
         through_features: differentiate the pace also through the entropies it reads; training takes them
             as constants (False).
 
-    Raises ValueError for more than LIMIT trajectories, steps > N, or a paced schedule without a pace head.
+    Raises ValueError for more than LIMIT trajectories, steps > N, a paced schedule without a pace head, or an
+    adaptive one.
     """
+    if sampler.schedule == "adaptive":
+        raise ValueError("schedule='adaptive' is not enumerated; take schedule='paced'")
     if sampler.schedule == "paced" and generator.pace is None:
         raise ValueError(f"schedule='paced' needs a pace head and generator {generator.spec.name!r} has none")
     count = count_trajectories(generator, sampler)

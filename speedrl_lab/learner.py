@@ -1,7 +1,8 @@
 """What learns: policy, pace head, optimizer, reference, average; one rollout is one update.
 
 The update scores the states that the likelihood's estimator names, in micro-batches, and takes
-`inner_epochs` optimizer steps on clipped surrogate minus KL. Nothing here draws random numbers.
+`inner_epochs` optimizer steps on clipped surrogate minus KL. With `trained="schedule"` the network is frozen:
+only the pace head learns, from what it saw. Nothing here draws random numbers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from speedrl_lab.adapters import adapter_off, add_lora, has_adapter
 from speedrl_lab.advantage import Advantages, next_multiplier
 from speedrl_lab.average import Average
-from speedrl_lab.config import TrainConfig
+from speedrl_lab.config import HEADED, TrainConfig
 from speedrl_lab.generator import Cond, MaskedGenerator
 from speedrl_lab.guard import Guard
 from speedrl_lab.likelihood import Visit, scored_states, visit_choice, visit_logits
+from speedrl_lab.matching import Matcher
 from speedrl_lab.objective import clipped_surrogate, entropy, kl_penalty
 from speedrl_lab.schedules import piecewise_linear
+from speedrl_lab.student import iteration_keys
 from speedrl_lab.trajectory import Trajectory
 
 
@@ -59,20 +62,26 @@ def weights_at(config: TrainConfig, iteration: int, multiplier: float | None = N
 class Learner:
     """What changes during training: weights, optimizer, counters, guard; all of it in `state`."""
 
-    def __init__(self, generator: MaskedGenerator, config: TrainConfig):
+    def __init__(self, generator: MaskedGenerator, config: TrainConfig, teacher: MaskedGenerator | None = None):
+        """Take `generator` as the policy; `teacher` is what matching compares with (default: the start)."""
         self.generator, self.config, self.guard = generator, config, Guard(config)
+        self.frozen = config.trained == "schedule"
         if config.lora_rank and not has_adapter(generator.policy):
             add_lora(generator, config.lora_rank, seed=config.seed)
         self.adapted = has_adapter(generator.policy)
-        self.reference = None if self.adapted else generator.copy()
-        self.modules: dict[str, nn.Module] = {"policy": generator.policy}
-        groups = [{"params": _trainable(generator.policy), "lr": config.learning_rate}]
-        if config.sampler.schedule == "paced":
+        self.reference = generator if self.frozen else None if self.adapted else generator.copy()
+        self.modules: dict[str, nn.Module] = {} if self.frozen else {"policy": generator.policy}
+        groups = [{"params": _trainable(module), "lr": config.learning_rate} for module in self.modules.values()]
+        if config.sampler.schedule in HEADED:
             self.modules["pace"] = generator.pace
             groups.append({"params": list(generator.pace.parameters()), "lr": config.pace_learning_rate})
         self.optimizer = torch.optim.Adam(groups)
         self.rates = [group["lr"] for group in groups]
         self.average = Average(generator.policy, config.ema_decay) if config.ema_decay else None
+        self.matcher = None
+        if config.match_weight:
+            fixed = generator.copy() if teacher is None else teacher
+            self.matcher = Matcher(fixed, config.match_guidance, 0.0, config.match_learning_rate)
         self.iteration = self.optimizer_steps = 0
         self.multiplier, self.excess = config.speed_weight, 0.0  # of the Lagrangian speed form
         self.best = self.played = self._weights()
@@ -112,14 +121,44 @@ class Learner:
         Loss a sample = - sum over the scored tokens of (clipped surrogate - kl weight * KL) / N, and minus
         the surrogate of its pace actions; averaged over the B samples. Samples that the filter dropped take
         no part. The numbers returned are means over scored tokens in the last epoch; `kl` and
-        `ratio_deviation` are those of the first, before any step.
+        `ratio_deviation` are those of the first, before any step. Where the schedule alone is trained, the
+        pace actions are the whole loss, and the numbers are means over them.
         """
         self.played = self._weights()  # what drew the rollout, and what its quality belongs to
         config = self.config
         warm_up = min(1.0, (self.iteration + 1) / max(1, config.warmup_iterations))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * min(warm_up, 1 - self.iteration / config.iterations)
-        cond = self.generator.encode(drawn.prompts)
+        scored = None if self.frozen else self._scored(drawn)
+        pull, divergence = self._pull(drawn)
+        for epoch in range(config.inner_epochs):
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.frozen:
+                measured = self._backward_pace(drawn.trajectory, advantages.advantage)
+            else:
+                measured = self._backward(drawn.trajectory, *scored, advantages, pull)
+            clipped = self.generator.pace if self.frozen else self.generator.policy
+            norm = nn.utils.clip_grad_norm_(clipped.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer_steps += 1
+            if epoch == 0:
+                first = {name: measured[name] for name in ("kl", "ratio_deviation")}
+        if self.average is not None:
+            self.average.update(self.generator.policy)
+        if self.matcher is not None:
+            keys = self._match_keys(drawn)
+            measured["auxiliary_loss"] = self.matcher.learn(drawn.trajectory.tokens, scored[0], keys, warm_up)
+            measured["divergence"] = divergence
+        measured["passes"] = self._passes(drawn.trajectory, scored)
+        self.iteration += 1
+        if config.speed_form == "lagrangian":
+            self.excess = float(drawn.trajectory.forwards.float().mean()) / config.target_steps - 1
+            self.multiplier = next_multiplier(self.multiplier, self.excess, config.multiplier_rate)
+        return {**measured, **first, "gradient_norm": float(norm)}
+
+    def _scored(self, drawn: Rollout) -> tuple[Cond, list[Visit], list[Tensor | None]]:
+        """Encoded prompts, states to score, and the log-probabilities (R,) that ratios compare with."""
+        config, cond = self.config, self.generator.encode(drawn.prompts)
         states = list(
             scored_states(
                 drawn.trajectory, config.estimator, config.order_factor,
@@ -130,21 +169,27 @@ class Learner:
         if config.inner_epochs > 1 and any(old is None for old in stored):
             with torch.no_grad():
                 stored = [self._chosen(visit, cond)[0] for visit in states]
-        for epoch in range(config.inner_epochs):
-            self.optimizer.zero_grad(set_to_none=True)
-            measured = self._backward(drawn.trajectory, cond, states, stored, advantages)
-            norm = nn.utils.clip_grad_norm_(self.generator.policy.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer_steps += 1
-            if epoch == 0:
-                first = {name: measured[name] for name in ("kl", "ratio_deviation")}
-        if self.average is not None:
-            self.average.update(self.generator.policy)
-        self.iteration += 1
-        if config.speed_form == "lagrangian":
-            self.excess = float(drawn.trajectory.steps.float().mean()) / config.target_steps - 1
-            self.multiplier = next_multiplier(self.multiplier, self.excess, config.multiplier_rate)
-        return {**measured, **first, "gradient_norm": float(norm)}
+        return cond, states, stored
+
+    def _match_keys(self, drawn: Rollout) -> Tensor:
+        return iteration_keys(self.config.seed, self.iteration, len(drawn.prompts), self.generator.device)
+
+    def _pull(self, drawn: Rollout) -> tuple[Tensor | None, float]:
+        """What matching hands to the logits, (B, N, V), and how far the rollout is from the teacher's samples."""
+        if self.matcher is None:
+            return None, 0.0
+        return self.matcher.pull(drawn.trajectory.tokens, self.generator.encode(drawn.prompts), self._match_keys(drawn))
+
+    def _passes(self, trajectory: Trajectory, scored: tuple | None) -> int:
+        """Forward passes of all networks in this iteration, a backward pass counted as two; rewards left out."""
+        total = int(trajectory.forwards.sum())
+        if scored is not None:
+            guided = 1 if self.config.sampler.guidance_scale == 1.0 else 2
+            states = guided * sum(len(visit.samples) for visit in scored[1])
+            total += self.config.inner_epochs * 4 * states  # policy forward and backward, reference
+        if self.matcher is not None:
+            total += len(trajectory) * (self.matcher.forwards + 2)
+        return total
 
     def _chosen(self, visit: Visit, cond: Cond) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the scored tokens (R,) and of all codes there (R, V)."""
@@ -158,6 +203,7 @@ class Learner:
         states: list[Visit],
         stored: list[Tensor | None],
         advantages: Advantages,
+        pull: Tensor | None,
     ) -> dict[str, float]:
         """Accumulate gradients over the scored states; returns means over tokens."""
         config, kl_weight = self.config, self.weights.kl
@@ -175,6 +221,8 @@ class Learner:
             loss = -((value - kl_weight * kl) * kept[visit.owners]).sum() * visit.weight
             if visit.picks is not None:
                 loss = loss - self._choice_value(trajectory, visit, chosen, advantage).sum()
+            if pull is not None:
+                loss = loss + config.match_weight * (pull[visit.owners, visit.positions] * log_probs).sum()
             (loss / scale).backward()
             ratio = ratio.detach()
             scored += len(ratio)
@@ -187,7 +235,7 @@ class Learner:
         measured = {name: total / scored for name, total in totals.items()}
         measured |= {"ratio_min": lowest, "ratio_max": highest, "ratio_deviation": max(1 - lowest, highest - 1)}
         if trajectory.pace is not None:
-            measured["pace_entropy"] = self._backward_pace(trajectory, advantage)
+            measured["pace_entropy"] = self._backward_pace(trajectory, advantage)["pace_entropy"]
         return measured
 
     def _choice_value(self, trajectory: Trajectory, visit: Visit, chosen: Tensor, advantage: Tensor) -> Tensor:
@@ -197,16 +245,34 @@ class Learner:
             visit_choice(visit, chosen), old, advantage[visit.samples], self.config.clip_range
         )[0]  # fmt: skip
 
-    def _backward_pace(self, trajectory: Trajectory, advantage: Tensor) -> float:
-        """Gradient of the pace head from stored features; the path through the network is left out."""
+    def _backward_pace(self, trajectory: Trajectory, advantage: Tensor) -> dict[str, float]:
+        """Gradient of the pace head from stored features; the path through the network is left out.
+
+        Returns the numbers of `_backward` as means over actions; `entropy` is that of the tokens, estimated
+        from those that were drawn.
+        """
         acted = trajectory.pace >= 0  # (B, T)
         log_probs = self.generator.pace(trajectory.pace_features[acted])  # (A, K)
         chosen = log_probs.gather(1, trajectory.pace[acted][:, None]).squeeze(1)
         owner = acted.nonzero()[:, 0]
         old = trajectory.pace_log_prob[acted]
-        value, _, _ = clipped_surrogate(chosen, old, advantage[owner], self.config.clip_range)
+        value, ratio, clipped = clipped_surrogate(chosen, old, advantage[owner], self.config.clip_range)
         (-value.sum() / len(trajectory)).backward()
-        return float(entropy(log_probs.detach()).mean()) if len(owner) else 0.0
+        if not len(owner):  # one step: nothing was chosen
+            return {"pace_entropy": 0.0}
+        ratio = ratio.detach()
+        lowest, highest = min(1.0, float(ratio.min())), max(1.0, float(ratio.max()))
+        return {
+            "kl": 0.0,  # the network is what it was
+            "entropy": -float(trajectory.log_prob.mean()),
+            "clip_fraction": float(clipped.float().mean()),
+            "approx_kl": float((old - chosen.detach()).mean()),
+            "ratio": float(ratio.mean()),
+            "ratio_min": lowest,
+            "ratio_max": highest,
+            "ratio_deviation": max(1 - lowest, highest - 1),
+            "pace_entropy": float(entropy(log_probs.detach()).mean()),
+        }
 
     def watch(self, record: Mapping[str, Any]) -> list[str]:
         """The guard's warnings; remembers the weights that drew the best rollout."""
@@ -234,11 +300,12 @@ class Learner:
             "modules": self._weights(),
             "reference": self._reference_state(),
             "average": None if self.average is None else self.average.state_dict(),
+            "matcher": None if self.matcher is None else self.matcher.state(),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def _reference_state(self) -> dict[str, Tensor]:
-        """The reference's weights; with an adapter, the frozen weights below it."""
+        """The reference's weights, which a frozen network is itself; with an adapter, the weights below it."""
         if self.reference is not None:
             return deepcopy(self.reference.policy.state_dict())
         policy = self.generator.policy
@@ -251,6 +318,8 @@ class Learner:
         reference.load_state_dict(state["reference"], strict=self.reference is not None)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.matcher is not None:
+            self.matcher.restore(state["matcher"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.restore(state["guard"])
         self.iteration, self.optimizer_steps = state["iteration"], state["optimizer_steps"]

@@ -11,7 +11,7 @@ decision to stop, which is a step function of the policy.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from speedrl_lab import noise
 from speedrl_lab.config import SamplerConfig, nearest
 from speedrl_lab.generator import Cond, MaskedGenerator, StepInfo
 from speedrl_lab.pace import pace_features
-from speedrl_lab.sampler import choice_level, plackett_luce, policy_logits
+from speedrl_lab.sampler import choice_level, plackett_luce, policy_logits, steered_log_probs
 from speedrl_lab.trajectory import Trajectory
 
 ESTIMATORS = ("replay", "random_mask", "one_step", "coupled", "critical")
@@ -36,7 +36,8 @@ class Visit:
     the positions scored; `owners`, `positions`, `codes` int64 (R,) are sample, position and token of each.
     `stored` float32 (R,) is their log-probability when they were drawn, None where it was never computed;
     `weight` multiplies all of them. `picks` int64 (S, k): which of a sample's M scored tokens were kept,
-    in order, with noise of scale `level`; None where the choice has no factor.
+    in order, with noise of scale `level`; None where the choice has no factor. `pace` int64 (S,): the action
+    each sample took there; None where the state was never visited, or has no head.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Visit:
     weight: float = 1.0
     picks: Tensor | None = None
     level: float = 0.0
+    pace: Tensor | None = None
 
 
 def visits(trajectory: Trajectory, batch_size: int) -> Iterator[Visit]:
@@ -64,7 +66,8 @@ def _replayed(trajectory: Trajectory, wanted: Tensor, batch_size: int) -> Iterat
         alive = (wanted[:, step] & (trajectory.steps > step)).nonzero().flatten()
         for samples in alive.split(batch_size) if len(alive) else ():
             scored = trajectory.revealed(step)[samples]  # (S, N)
-            yield _visit(trajectory, step, samples, trajectory.state(step)[samples], scored, trajectory.log_prob)
+            visit = _visit(trajectory, step, samples, trajectory.state(step)[samples], scored, trajectory.log_prob)
+            yield visit if trajectory.pace is None else replace(visit, pace=trajectory.pace[samples, step])
 
 
 def _visit(
@@ -168,8 +171,8 @@ def scored_states(
 ) -> Iterator[Visit]:
     """The states an estimator looks at and what it scores there; `seed` draws the masks it makes.
 
-    Raises ValueError for an unknown estimator, and for `replay` of a confidence order without noise,
-    whose probability is 0 or 1.
+    Raises ValueError for an unknown estimator, for states of an adaptive schedule in which it never acted, and
+    for `replay` of a confidence order without noise, whose probability is 0 or 1.
     """
     check_likelihood(trajectory.sampler, estimator, order_factor)
     confident = trajectory.proposals is not None
@@ -191,6 +194,11 @@ def check_likelihood(sampler: SamplerConfig | None, estimator: str, order_factor
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r} is not known; nearest: {nearest(value, known)!r}")
+    if sampler is not None and sampler.schedule == "adaptive" and estimator not in ("replay", "critical"):
+        raise ValueError(
+            f"estimator={estimator!r} makes states in which schedule='adaptive' chose no temperature and guidance; "
+            "take 'replay' or 'critical'"
+        )
     deterministic = sampler is not None and sampler.order == "confidence" and sampler.choice_temperature == 0
     if deterministic and estimator == "replay" and order_factor == "exact" and sampler.steps > 1:
         raise ValueError(
@@ -200,10 +208,15 @@ def check_likelihood(sampler: SamplerConfig | None, estimator: str, order_factor
 
 
 def visit_logits(generator: MaskedGenerator, visit: Visit, cond: Cond, sampler: SamplerConfig) -> Tensor:
-    """Log-probabilities of all codes at the positions scored in a visit, float32 (R, V)."""
+    """Log-probabilities of all codes at the positions scored in a visit, float32 (R, V); adaptive schedules at
+    the temperature and guidance that were taken there."""
     info = StepInfo(visit.step, sampler.steps)
     logits = policy_logits(generator, visit.tokens, cond.index(visit.samples), sampler, info, visit.rows)
-    return logits.log_softmax(-1)
+    log_probs = logits.log_softmax(-1)
+    if sampler.schedule != "adaptive":
+        return log_probs
+    _, temperatures, scales = generator.pace.decode(visit.pace, visit.tokens.shape[1])
+    return steered_log_probs(generator, log_probs, visit.tokens, info, visit.rows, temperatures, scales)
 
 
 def visit_choice(visit: Visit, chosen: Tensor) -> Tensor:
@@ -243,10 +256,9 @@ def trajectory_log_prob(
             total = total.index_add(0, visit.samples, visit_choice(visit, chosen))
     if trajectory.pace is not None and not sampler.greedy_pace:  # a greedy pace is no draw
         for visit in visits(trajectory, batch_size):
-            taken = trajectory.pace[visit.samples, visit.step]
             features = visit_pace_features(generator, visit, cond, trajectory, sampler)
-            chosen = generator.pace(features).gather(1, taken.clamp(min=0)[:, None]).squeeze(1)
-            total = total.index_add(0, visit.samples, chosen * (taken >= 0))
+            chosen = generator.pace(features).gather(1, visit.pace.clamp(min=0)[:, None]).squeeze(1)
+            total = total.index_add(0, visit.samples, chosen * (visit.pace >= 0))
     return total
 
 

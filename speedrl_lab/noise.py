@@ -15,7 +15,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND = 0x94D049BB133111EB - (1 << 64)
 
-ORDER, TOKEN, CHOICE, PACE, BUDGET, MASK = range(6)  # purposes: numbers for one never meet those for another
+ORDER, TOKEN, CHOICE, PACE, BUDGET, MASK, START = range(7)  # purposes: numbers for one never meet those for another
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

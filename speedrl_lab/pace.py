@@ -1,4 +1,4 @@
-"""The pace head: reads what the model knows, chooses how many tokens to reveal now.
+"""The pace head: reads what the model knows, chooses how many tokens to reveal now, and maybe how to draw them.
 
 Our interpretation of how the number of steps becomes an action (the paper does not say). It sees the
 entropies of the next positions in the order and the share revealed, as numbers without gradient: the
@@ -6,6 +6,7 @@ pace is learned by its own log-probability alone.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ EXPLORATION = 0.05
 """Share of uniform choices mixed in: without it the head soon takes one count always, and then a speed
 reward has nothing to act on."""
 FEATURES = 2 * len(SHARES) + 2
+TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
+"""Of the tokens, that an adaptive head chooses from."""
+SCALES = (1.0, 2.0, 3.0)
+"""Of guidance, that an adaptive head chooses from; 1 costs one pass a step, another two."""
 
 
 def pace_counts(num_tokens: int) -> Tensor:
@@ -42,17 +47,37 @@ def pace_features(entropies: Tensor, remaining: Tensor) -> Tensor:
 
 
 class PaceHead(nn.Module):
-    """Log-probabilities of the K choices from pace features; starts with all choices equally likely."""
+    """Log-probabilities of the K choices from pace features; starts with all choices equally likely.
 
-    def __init__(self, width: int = 64):
+    A choice is a count, and where several `temperatures` or `scales` are given also a temperature of the
+    tokens and a guidance scale for this step (the actions of AdaNAT, arXiv 2409.00342): one categorical over
+    the product, whose logit is the sum of one logit a part.
+    """
+
+    def __init__(self, width: int = 64, temperatures: Sequence[float] = (1.0,), scales: Sequence[float] = (1.0,)):
         super().__init__()
+        self.temperatures, self.scales = tuple(temperatures), tuple(scales)
+        self.adaptive = len(self.temperatures) * len(self.scales) > 1
         self.config = {"width": width}
-        self.layers = nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), nn.Linear(width, len(SHARES)))
+        if self.adaptive:
+            self.config |= {"temperatures": list(self.temperatures), "scales": list(self.scales)}
+        self.sizes = (len(SHARES), len(self.temperatures), len(self.scales))
+        self.outputs = [size for size in self.sizes if size > 1]  # a part without a choice has no logits
+        self.layers = nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), nn.Linear(width, sum(self.outputs)))
 
     def forward(self, features: Tensor) -> Tensor:
         """Log-probabilities (..., K) from pace features (..., FEATURES)."""
-        learned = self.layers(features).softmax(-1)
-        return ((1 - EXPLORATION) * learned + EXPLORATION / len(SHARES)).log()
+        logits, *others = self.layers(features).split(self.outputs, -1)
+        for part in others:
+            logits = (logits[..., None] + part[..., None, :]).flatten(-2)
+        return ((1 - EXPLORATION) * logits.softmax(-1) + EXPLORATION / logits.shape[-1]).log()
+
+    def decode(self, taken: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What choices int64 (...) mean: how many tokens, int64, temperature and guidance scale, float32; all (...)."""
+        share, temperature, scale = torch.unravel_index(taken, self.sizes)
+        parts = pace_counts(num_tokens), torch.tensor(self.temperatures), torch.tensor(self.scales)
+        counts, temperatures, scales = (part.to(taken.device) for part in parts)
+        return counts[share], temperatures[temperature], scales[scale]
 
     @torch.no_grad()
     def reset(self, seed: int) -> "PaceHead":
@@ -63,3 +88,9 @@ class PaceHead(nn.Module):
         for zero in (first.bias, last.weight, last.bias):
             zero.zero_()
         return self
+
+
+def head_for(schedule: str, seed: int) -> PaceHead:
+    """A fresh head for the schedule `paced` or `adaptive`."""
+    head = PaceHead(temperatures=TEMPERATURES, scales=SCALES) if schedule == "adaptive" else PaceHead()
+    return head.reset(seed)

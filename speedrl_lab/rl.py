@@ -15,13 +15,13 @@ from torch import Tensor
 
 from speedrl_lab import noise
 from speedrl_lab.advantage import Advantages, combine
-from speedrl_lab.config import VARYING, TrainConfig
+from speedrl_lab.config import HEADED, VARYING, TrainConfig
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.learner import Learner, Rollout, Weights
-from speedrl_lab.pace import PaceHead
+from speedrl_lab.pace import head_for
 from speedrl_lab.rewards import Reward
 from speedrl_lab.runs import Run
-from speedrl_lab.sampler import sample
+from speedrl_lab.sampler import require_head, sample
 
 
 def train(
@@ -30,17 +30,21 @@ def train(
     rewards: Mapping[str, Reward],
     config: TrainConfig,
     run: Run | None = None,
+    teacher: MaskedGenerator | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Tune `generator` in place and yield one record an iteration.
+
+    `teacher` is the many-step generator that `match_weight` compares rollouts with; by default what
+    `generator` was at the start.
 
     Stop by leaving the loop; with a `run`, call again to go on from its checkpoint, bit for bit on a
     CPU. When the smoothed progress collapses, the best weights are restored and the loop ends.
     Raises ValueError before any work for rewards that are missing or cannot act.
     """
     check(generator, prompts, rewards, config)
-    if config.sampler.schedule == "paced" and generator.pace is None:
-        generator.pace = PaceHead().reset(config.seed).to(generator.device)
-    learner = Learner(generator, config)
+    if config.sampler.schedule in HEADED and generator.pace is None:
+        generator.pace = head_for(config.sampler.schedule, config.seed).to(generator.device)
+    learner = Learner(generator, config, teacher)
     if run is not None:
         saved = run.load_checkpoint()
         if saved is None:
@@ -70,6 +74,8 @@ def check(
     generator: MaskedGenerator, prompts: Sequence[str], rewards: Mapping[str, Reward], config: TrainConfig
 ) -> None:
     """Raise ValueError in one line for what would fail or be a silent no-op later."""
+    if generator.pace is not None:  # one that is missing is made
+        require_head(generator, config.sampler)
     fast = config.speed_weight or config.speed_form == "lagrangian" or "speed" in config.weight_schedules
     needed = [*config.quality_weights, *(["speed"] if fast else [])]
     missing = [name for name in needed if name not in rewards]
@@ -132,8 +138,10 @@ def rollout(
 
 
 def weigh(drawn: Rollout, config: TrainConfig, weights: Weights) -> Advantages:
-    """The advantages of a rollout under the weights of its iteration; one step of speed is 1 / N."""
-    num_tokens = drawn.trajectory.tokens.shape[1]
+    """The advantages of a rollout under the weights of its iteration; speed counts passes, each 1 / N."""
+    sampler, num_tokens = config.sampler, drawn.trajectory.tokens.shape[1]
+    guided = 2 if sampler.guidance_scale != 1.0 else 1  # passes of every step
+    most = 2 if sampler.schedule == "adaptive" else guided
     return combine(
         drawn.rewards,
         weights.quality,
@@ -142,10 +150,10 @@ def weigh(drawn: Rollout, config: TrainConfig, weights: Weights) -> Advantages:
         config.advantage_std,
         config.filter_quantile,
         config.low_quality,
-        step_reward=1 / num_tokens,
+        step_reward=guided / num_tokens,
         speed_form=config.speed_form,
         quality_floor=config.quality_floor,
-        slowest=config.sampler.steps / num_tokens,
+        slowest=most * sampler.steps / num_tokens,
     )
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from speedrl_lab import noise
-from speedrl_lab.config import VARYING, SamplerConfig
+from speedrl_lab.config import HEADED, VARYING, SamplerConfig
 from speedrl_lab.generator import Cond, MaskedGenerator, StepInfo, guided_logits
-from speedrl_lab.pace import FEATURES, pace_counts, pace_features
+from speedrl_lab.pace import FEATURES, pace_features
 from speedrl_lab.schedules import halton_order, reveal_counts, shifted_orders
 from speedrl_lab.trajectory import Trajectory
 
@@ -33,6 +33,32 @@ def policy_logits(
     Rollouts and likelihoods both call this one function, so that they cannot differ.
     """
     return guided_logits(generator, tokens, cond, sampler.guidance_scale, step, rows) / sampler.temperature
+
+
+def steered_log_probs(
+    generator: MaskedGenerator,
+    log_probs: Tensor,
+    tokens: Tensor,
+    step: StepInfo,
+    rows: Tensor,
+    temperatures: Tensor,
+    scales: Tensor,
+) -> Tensor:
+    """Log-probabilities (R, V) under the temperature and guidance that each sample took, both (S,).
+
+    From conditional ones at flat indices `rows` (R,) into tokens (S, N). Samples whose scale is not 1 cost a
+    second, unconditional pass; the others none. Rollouts and likelihoods both call this one function.
+    """
+    owners, position = rows // tokens.shape[1], rows % tokens.shape[1]  # (R,)
+    guided = scales != 1.0  # (S,)
+    if guided.any():
+        inside = guided[owners].nonzero().flatten()
+        place = guided.cumsum(0) - 1  # of a sample among the guided ones
+        wanted = place[owners[inside]] * tokens.shape[1] + position[inside]
+        free = generator.logits(tokens[guided], generator.null(int(guided.sum())), step, wanted)
+        moved = free + scales[owners[inside], None] * (log_probs[inside] - free)
+        log_probs = log_probs.index_copy(0, inside, moved)
+    return (log_probs / temperatures[owners, None]).log_softmax(-1)
 
 
 def inverse_cdf(log_probs: Tensor, uniforms: Tensor) -> Tensor:
@@ -84,6 +110,33 @@ def fixed_counts(num_tokens: int, sampler: SamplerConfig, keys: Tensor) -> Tenso
     return torch.stack(table).to(keys.device)[drawn]
 
 
+def start_tokens(num_tokens: int, codebook_size: int, mask_id: int, share: float, keys: Tensor) -> Tensor:
+    """What the first step sees, int64 (B, N): masks, and random codes at round(share * N) positions."""
+    shown = torch.full((len(keys), num_tokens), mask_id, device=keys.device)
+    if share == 0:
+        return shown
+    rank = noise.uniforms(keys, noise.START, 0, num_tokens).argsort(1).argsort(1)  # (B, N)
+    codes = (noise.uniforms(keys, noise.START, 1, num_tokens) * codebook_size).long()
+    return torch.where(rank < round(share * num_tokens), codes, shown)
+
+
+def require_head(generator: MaskedGenerator, sampler: SamplerConfig) -> None:
+    """Raise ValueError where the schedule needs another pace head than the generator has."""
+    if sampler.schedule not in HEADED:
+        return
+    if generator.pace is None:
+        raise ValueError(
+            f"schedule={sampler.schedule!r} needs a pace head and generator {generator.spec.name!r} has none; "
+            "load one with policy=<file>, train one, or take schedule='cosine'"
+        )
+    fitting = "adaptive" if generator.pace.adaptive else "paced"
+    if sampler.schedule != fitting:
+        raise ValueError(
+            f"schedule={sampler.schedule!r} does not fit the pace head of generator {generator.spec.name!r}, which "
+            f"was made for {fitting!r}; take schedule={fitting!r}, or set generator.pace = None and train another"
+        )
+
+
 @torch.no_grad()
 def sample(
     generator: MaskedGenerator,
@@ -96,14 +149,10 @@ def sample(
 
     A sample is fixed by (seed, prompt, how often the prompt appeared before), whatever else is in the
     batch. `on_step` receives `step`, `tokens` (B, N) with masks, and `revealed` bool (B, N) each step.
-    Raises ValueError for an unreadable prompt, steps > N, or a paced schedule without a pace head.
+    Raises ValueError for an unreadable prompt, steps > N, or a schedule without the pace head it needs.
     """
     spec = generator.spec
-    if sampler.schedule == "paced" and generator.pace is None:
-        raise ValueError(
-            f"schedule='paced' needs a pace head and generator {spec.name!r} has none; "
-            "load one with policy=<file>, train one, or take schedule='cosine'"
-        )
+    require_head(generator, sampler)
     reveal_counts(spec.num_tokens, sampler.steps)  # raises where there are more steps than tokens
     if len(prompts) == 0:
         raise ValueError("no prompts given; expected at least one")
@@ -130,13 +179,14 @@ class _Unmasking:
         spec, count, device = generator.spec, len(keys), keys.device
         self.generator, self.sampler, self.keys, self.cond = generator, sampler, keys, cond
         self.tokens = torch.full((count, spec.num_tokens), spec.mask_id, device=device)
+        self.start = start_tokens(spec.num_tokens, spec.codebook_size, spec.mask_id, sampler.start_noise, keys)
         self.reveal_step = torch.full_like(self.tokens, -1)
         self.log_prob = torch.zeros(count, spec.num_tokens, device=device)
         self.known = torch.zeros(count, dtype=torch.int64, device=device)  # how many are revealed
-        self.steps = torch.zeros_like(self.known)
+        self.steps, self.forwards = torch.zeros_like(self.known), torch.zeros_like(self.known)
         self.alive = torch.arange(count, device=device)
         self.counts = fixed_counts(spec.num_tokens, sampler, keys)
-        confident, paced = sampler.order == "confidence", sampler.schedule == "paced"
+        confident, paced = sampler.order == "confidence", sampler.schedule in HEADED
         each = (count, sampler.steps, spec.num_tokens)
         self.order = torch.zeros_like(self.tokens) if confident else fixed_orders(generator, sampler, keys)
         self.proposals = torch.full(each, -1, device=device) if confident else None
@@ -146,15 +196,22 @@ class _Unmasking:
         self.pace_log_prob = torch.zeros(count, sampler.steps, device=device) if paced else None
         self.pace_features = torch.zeros(count, sampler.steps, FEATURES, device=device) if paced else None
 
+    def _rows(self, positions: Tensor) -> Tensor:
+        """Positions (A, M) of the rows alive as flat indices (A * M,) into their tokens."""
+        starts = torch.arange(len(positions), device=positions.device)[:, None] * self.tokens.shape[1]
+        return (starts + positions).flatten()
+
+    def _shown(self, step: int) -> Tensor:
+        """What the network sees of the rows alive at a step, int64 (A, N)."""
+        return self.start if step == 0 else self.tokens[self.alive]
+
     def _log_probs(self, positions: Tensor, step: int) -> Tensor:
-        """Log-probabilities (A, M, V) at positions (A, M) of the rows alive."""
-        num_tokens = self.tokens.shape[1]
-        starts = torch.arange(len(positions), device=positions.device)[:, None] * num_tokens
-        rows = (starts + positions).flatten()
+        """Log-probabilities (A, M, V) at positions (A, M) of the rows alive; counts the passes."""
         everyone = len(self.alive) == len(self.tokens)
         cond = self.cond if everyone else self.cond.index(self.alive)
-        info = StepInfo(step, self.sampler.steps)
-        logits = policy_logits(self.generator, self.tokens[self.alive], cond, self.sampler, info, rows)
+        rows, info = self._rows(positions), StepInfo(step, self.sampler.steps)
+        logits = policy_logits(self.generator, self._shown(step), cond, self.sampler, info, rows)
+        self.forwards[self.alive] += 1 if self.sampler.guidance_scale == 1.0 else 2
         return logits.log_softmax(-1).unflatten(0, positions.shape)
 
     def _draw(self, log_probs: Tensor, positions: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -181,24 +238,28 @@ class _Unmasking:
         num_tokens = self.tokens.shape[1]
         known, counts = self.known[self.alive], self.counts[self.alive, step]  # (A,)
         remaining = num_tokens - known
-        looks_ahead = self.sampler.schedule in ("paced", "threshold")
+        looks_ahead = self.sampler.schedule in (*HEADED, "threshold")
         width = int((remaining if looks_ahead else counts).max())
         offsets = torch.arange(width, device=known.device)
         index = (known[:, None] + offsets).clamp(max=num_tokens - 1)
         positions = self.order[self.alive].gather(1, index)  # (A, width)
         log_probs = self._log_probs(positions, step)
-        if looks_ahead and step == self.sampler.steps - 1:
-            counts = remaining
-        elif self.sampler.schedule == "paced":
-            counts = self._paced(log_probs, remaining, step)
+        last = step == self.sampler.steps - 1
+        if self.sampler.schedule == "adaptive":
+            counts, temperatures, scales = self._act(log_probs, remaining, step)
+            log_probs = self._steered(log_probs, positions, temperatures, scales, step)
+        elif self.sampler.schedule == "paced" and not last:
+            counts, _, _ = self._act(log_probs, remaining, step)
         elif self.sampler.schedule == "threshold":
             sure = (log_probs.amax(-1).exp() * (offsets < remaining[:, None])).sum(1) / remaining
             counts = torch.where(sure >= self.sampler.stop_confidence, remaining, counts)
+        if looks_ahead:
+            counts = remaining if last else counts.minimum(remaining)
         drawn, log_prob = self._draw(log_probs, positions, step)
         self._fix(positions, drawn, log_prob, offsets < counts[:, None], step)
 
-    def _paced(self, log_probs: Tensor, remaining: Tensor, step: int) -> Tensor:
-        """How many positions the pace head reveals of the rows alive, (A,); records the action."""
+    def _act(self, log_probs: Tensor, remaining: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the pace head chooses for the rows alive: `PaceHead.decode`, each (A,); records the action."""
         num_tokens = self.tokens.shape[1]
         entropies = -(log_probs.exp() * log_probs).sum(-1)  # (A, width)
         padding = (0, num_tokens - entropies.shape[1])
@@ -209,7 +270,17 @@ class _Unmasking:
         self.pace[self.alive, step] = taken
         self.pace_features[self.alive, step] = features
         self.pace_log_prob[self.alive, step] = choices.gather(1, taken[:, None]).squeeze(1)
-        return torch.minimum(pace_counts(num_tokens).to(taken.device)[taken], remaining)
+        return self.generator.pace.decode(taken, num_tokens)
+
+    def _steered(
+        self, log_probs: Tensor, positions: Tensor, temperatures: Tensor, scales: Tensor, step: int
+    ) -> Tensor:
+        """Log-probabilities (A, M, V) under each row's temperature and guidance (A,); counts the passes."""
+        info, rows = StepInfo(step, self.sampler.steps), self._rows(positions)
+        flat, shown = log_probs.flatten(0, 1), self._shown(step)
+        self.forwards[self.alive] += scales != 1.0
+        steered = steered_log_probs(self.generator, flat, shown, info, rows, temperatures, scales)
+        return steered.unflatten(0, positions.shape)
 
     def confidence_step(self, step: int) -> None:
         """Propose every masked token, keep the most confident (MaskGIT, arXiv 2202.04200)."""
@@ -232,15 +303,15 @@ class _Unmasking:
 
     def record(self) -> Trajectory:
         """The finished trajectory."""
-        guided = 1 if self.sampler.guidance_scale == 1.0 else 2
         return Trajectory(
             tokens=self.tokens,
             reveal_step=self.reveal_step.to(torch.int16),
             steps=self.steps,
-            forwards=self.steps * guided,
+            forwards=self.forwards,
             log_prob=self.log_prob,
             mask_id=self.generator.spec.mask_id,
             sampler=self.sampler,
+            start=self.start if self.sampler.start_noise else None,
             order=self.order,
             proposals=self.proposals,
             proposal_log_prob=self.proposal_log_prob,

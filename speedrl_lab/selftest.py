@@ -7,12 +7,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from speedrl_lab.config import TrainConfig
+from speedrl_lab.config import HEADED, TrainConfig
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.learner import Learner, weights_at
 from speedrl_lab.likelihood import trajectory_log_prob
 from speedrl_lab.objective import clipped_surrogate
-from speedrl_lab.pace import PaceHead
+from speedrl_lab.pace import head_for
 from speedrl_lab.rewards import Reward
 from speedrl_lab.rl import check, rollout, weigh
 from speedrl_lab.trajectory import Trajectory
@@ -27,9 +27,8 @@ def selftest(
     """
     check(generator, prompts, rewards, config)
     trial = generator.copy()
-    paced = config.sampler.schedule == "paced"
-    if paced and trial.pace is None:
-        trial.pace = PaceHead().reset(config.seed).to(generator.device)
+    if config.sampler.schedule in HEADED and trial.pace is None:
+        trial.pace = head_for(config.sampler.schedule, config.seed).to(generator.device)
     small = replace(config, num_groups=min(4, config.num_groups), warmup_iterations=0)
     first = rollout(trial, prompts, rewards, small, iteration=0)
     # One prompt twice: other prompts would hide equal noise.
@@ -49,13 +48,23 @@ def selftest(
     )
     clipped = float(surrogate[2].float().mean())
     same = float((once.trajectory.tokens == again.trajectory.tokens).float().mean())
-    spread = float(first.trajectory.steps.float().std())
+    spread = float(first.trajectory.forwards.float().std())
+    if config.trained == "schedule":
+        drift, ratio = _drift(trial, generator), nudged["ratio_deviation"]
+        learns = [
+            ("the network stays as it is (largest change of a weight)", drift, drift == 0),
+            ("ratio is not 1 after an update (largest deviation)", ratio, ratio > 0),
+        ]
+    else:
+        learns = [
+            ("KL is 0 at the start (nats a token)", started["kl"], abs(started["kl"]) < 1e-4),
+            ("KL is not 0 after an update", nudged["kl"], abs(nudged["kl"]) > 0),
+        ]
     rows = [
         ("replay returns the stored log-probability (relative error)", error, error < 1e-4),
         ("ratio is 1 before the first update (largest deviation)", started["ratio_deviation"],
          started["ratio_deviation"] < 1e-2),
-        ("KL is 0 at the start (nats a token)", started["kl"], abs(started["kl"]) < 1e-4),
-        ("KL is not 0 after an update", nudged["kl"], abs(nudged["kl"]) > 0),
+        *learns,
         ("the clip fires on forced ratios (share)", clipped, clipped == 1.0),
         ("optimizer steps beyond those planned", learner.optimizer_steps - planned, learner.optimizer_steps == planned),
         ("noise differs between iterations (share of equal tokens)", same, same < 1.0),
@@ -63,13 +72,19 @@ def selftest(
          advantages.silent_groups < len(first.prompts) // config.group_size),
     ]  # fmt: skip
     if "speed" in advantages.effective_weights:
-        rows.append(("steps vary, so that speed can act (std)", spread, spread > 0))
+        rows.append(("passes vary, so that speed can act (std)", spread, spread > 0))
     table = pd.DataFrame(rows, columns=["name", "value", "passed"])
     failed = table[~table.passed]
     if len(failed):
         reasons = [f"{name} = {value:.3g}" for name, value in zip(failed.name, failed.value, strict=True)]
         raise RuntimeError(f"self-test failed: {'; '.join(reasons)}")
     return table
+
+
+def _drift(trial: MaskedGenerator, generator: MaskedGenerator) -> float:
+    """Largest difference between a weight of the two policies."""
+    pairs = zip(trial.policy.parameters(), generator.policy.parameters(), strict=True)
+    return max(float((left - right).abs().max()) for left, right in pairs)
 
 
 def stored_log_prob(trajectory: Trajectory, order_factor: str = "exact") -> Tensor:

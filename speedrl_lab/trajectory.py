@@ -13,7 +13,7 @@ class Trajectory:
     """What a sampler did to B samples of N tokens; enough to rebuild every state.
 
     A fixed token never changes, so the state before step i is `tokens` where `reveal_step < i` and the
-    mask elsewhere.
+    mask elsewhere; the first state may be `start` instead.
     """
 
     tokens: Tensor
@@ -30,6 +30,8 @@ class Trajectory:
     """Input id of the mask."""
     sampler: SamplerConfig | None = None
     """The settings it was drawn with; likelihoods refuse any others."""
+    start: Tensor | None = None
+    """What the first step saw, int64 (B, N), where it was not masks alone (`start_noise`)."""
     order: Tensor | None = None
     """Positions in the order of revealing, int64 (B, N): fixed beforehand, or made by the confidence draw."""
     proposals: Tensor | None = None
@@ -50,6 +52,8 @@ class Trajectory:
 
     def state(self, step: int) -> Tensor:
         """The tokens that step `step` sees, int64 (B, N)."""
+        if step == 0 and self.start is not None:
+            return self.start
         return torch.where(self.reveal_step < step, self.tokens, self.mask_id)
 
     def revealed(self, step: int) -> Tensor:
