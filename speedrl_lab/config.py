@@ -495,6 +495,7 @@ def _presets() -> dict[str, RunConfig]:
         emoji,
         preset="smoke",
         train=replace(emoji.train, iterations=3, num_groups=2, group_size=4, warmup_iterations=1, save_every=2),
+        distillation=replace(emoji.distillation, distill_iterations=3, distill_batch_size=8, pool_size=8),
         evaluation=replace(emoji.evaluation, budgets=(1, 2, 4), num_prompts=12, num_seeds=2),
         pretrain=replace(
             emoji.pretrain, tokenizer_iterations=3, clip_iterations=3, detector_iterations=3,
