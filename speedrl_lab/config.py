@@ -123,6 +123,9 @@ class TrainConfig(_Checked):
     kl_estimator: Literal["cross_entropy", "exact", "k1", "k2", "k3"] = "cross_entropy"
     """Full vocabulary at visited states: forward KL(reference, policy) or `exact` reverse KL(policy, reference);
     `k1`, `k2`, `k3` estimate the reverse one from the tokens drawn."""
+    practice_steps: tuple[int, ...] = ()
+    """Numbers of steps that every second rollout practises in turn, by the power schedule, so that the policy
+    serves fixed budgets as well as its own pace; speed has no weight there."""
     match_weight: float = 0.0
     """Of token-level matching of the rollouts with the samples of a many-step teacher (`matching`); 0 is off."""
     match_guidance: float = 2.0
@@ -183,6 +186,9 @@ class TrainConfig(_Checked):
         self._require(self.micro_batch_size >= 1, "micro_batch_size", "at least 1")
         self._require(self.learning_rate > 0, "learning_rate", "a positive number")
         self._require(self.kl_weight >= 0, "kl_weight", "a number of at least 0")
+        self._require(
+            not self.practice_steps or min(self.practice_steps) >= 1, "practice_steps", "step counts from 1"
+        )
         self._require(self.match_weight >= 0, "match_weight", "a number of at least 0")
         self._require(self.match_guidance >= 0, "match_guidance", "a number of at least 0 (1 is off)")
         self._require(self.match_learning_rate > 0, "match_learning_rate", "a positive number")
@@ -227,6 +233,10 @@ class TrainConfig(_Checked):
             "order_factor='token_only' changes nothing without order='confidence' and estimator='replay'":
                 self.order_factor == "token_only"
                 and (self.sampler.order != "confidence" or self.estimator != "replay"),
+            "practice_steps act beside a schedule under which steps vary, such as schedule='paced', and train the "
+            "policy: give trained='policy'":
+                bool(self.practice_steps)
+                and (self.sampler.schedule not in VARYING or self.trained == "schedule"),
             "match_weight needs the tokens' own states: estimator='replay', a model-independent order, and a policy "
             "that is trained":
                 self.match_weight > 0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from speedrl_lab.adapters import adapter_off, add_lora, has_adapter
 from speedrl_lab.advantage import Advantages, next_multiplier
 from speedrl_lab.average import Average
-from speedrl_lab.config import HEADED, TrainConfig
+from speedrl_lab.config import HEADED, SamplerConfig, TrainConfig
 from speedrl_lab.generator import Cond, MaskedGenerator
 from speedrl_lab.guard import Guard
 from speedrl_lab.likelihood import Visit, scored_states, visit_choice, visit_logits
@@ -151,7 +151,7 @@ class Learner:
             measured["divergence"] = divergence
         measured["passes"] = self._passes(drawn.trajectory, scored)
         self.iteration += 1
-        if config.speed_form == "lagrangian":
+        if config.speed_form == "lagrangian" and self._drawn_with(drawn.trajectory) == config.sampler:
             self.excess = float(drawn.trajectory.forwards.float().mean()) / config.target_steps - 1
             self.multiplier = next_multiplier(self.multiplier, self.excess, config.multiplier_rate)
         return {**measured, **first, "gradient_norm": float(norm)}
@@ -168,8 +168,12 @@ class Learner:
         stored = [visit.stored for visit in states]
         if config.inner_epochs > 1 and any(old is None for old in stored):
             with torch.no_grad():
-                stored = [self._chosen(visit, cond)[0] for visit in states]
+                stored = [self._chosen(visit, cond, drawn.trajectory)[0] for visit in states]
         return cond, states, stored
+
+    def _drawn_with(self, trajectory: Trajectory) -> SamplerConfig:
+        """The settings of a rollout: the run's, but for a practised number of steps."""
+        return trajectory.sampler or self.config.sampler
 
     def _match_keys(self, drawn: Rollout) -> Tensor:
         return iteration_keys(self.config.seed, self.iteration, len(drawn.prompts), self.generator.device)
@@ -184,16 +188,16 @@ class Learner:
         """Forward passes of all networks in this iteration, a backward pass counted as two; rewards left out."""
         total = int(trajectory.forwards.sum())
         if scored is not None:
-            guided = 1 if self.config.sampler.guidance_scale == 1.0 else 2
+            guided = 1 if self._drawn_with(trajectory).guidance_scale == 1.0 else 2
             states = guided * sum(len(visit.samples) for visit in scored[1])
             total += self.config.inner_epochs * 4 * states  # policy forward and backward, reference
         if self.matcher is not None:
             total += len(trajectory) * (self.matcher.forwards + 2)
         return total
 
-    def _chosen(self, visit: Visit, cond: Cond) -> tuple[Tensor, Tensor]:
+    def _chosen(self, visit: Visit, cond: Cond, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the scored tokens (R,) and of all codes there (R, V)."""
-        log_probs = visit_logits(self.generator, visit, cond, self.config.sampler)
+        log_probs = visit_logits(self.generator, visit, cond, self._drawn_with(trajectory))
         return log_probs.gather(1, visit.codes[:, None]).squeeze(1), log_probs
 
     def _backward(
@@ -212,9 +216,9 @@ class Learner:
         totals = dict.fromkeys(("kl", "entropy", "clip_fraction", "approx_kl", "ratio"), 0.0)
         scored, lowest, highest = 0, 1.0, 1.0
         for visit, old in zip(states, stored, strict=True):
-            chosen, log_probs = self._chosen(visit, cond)  # (R,), (R, V)
+            chosen, log_probs = self._chosen(visit, cond, trajectory)  # (R,), (R, V)
             with self._anchored() as reference:
-                anchor = visit_logits(reference, visit, cond, config.sampler)
+                anchor = visit_logits(reference, visit, cond, self._drawn_with(trajectory))
             old = chosen.detach() if old is None else old
             value, ratio, clipped = clipped_surrogate(chosen, old, advantage[visit.owners], config.clip_range)
             kl = kl_penalty(log_probs, anchor, visit.codes, config.kl_estimator)

@@ -8,6 +8,7 @@ weighted, and the penalty is a full-vocabulary KL to the starting point. Left ou
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from speedrl_lab import noise
 from speedrl_lab.advantage import Advantages, combine
-from speedrl_lab.config import HEADED, VARYING, TrainConfig
+from speedrl_lab.config import HEADED, VARYING, SamplerConfig, TrainConfig
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.learner import Learner, Rollout, Weights
 from speedrl_lab.pace import head_for
@@ -54,10 +55,13 @@ def train(
     while learner.iteration < config.iterations and not learner.guard.collapsed:
         began = time.perf_counter()
         drawn, weights = rollout(generator, prompts, rewards, config, learner.iteration), learner.weights
+        practised = drawn.trajectory.sampler != config.sampler
+        if practised:
+            weights = replace(weights, speed=0.0)  # nobody chose the number of steps
         advantages = weigh(drawn, config, weights)
         measured = learner.update(drawn, advantages)
         record = describe(learner, drawn, weights, advantages, measured)
-        record["warnings"] = learner.watch(record)
+        record |= {"practised": practised, "warnings": [] if practised else learner.watch(record)}
         record["seconds"] = time.perf_counter() - began
         if run is not None:
             run.log(record)
@@ -123,7 +127,7 @@ def rollout(
     chosen = torch.randperm(len(prompts), generator=rng)[: config.num_groups].tolist()
     repeated = [prompts[index] for index in chosen for _ in range(config.group_size)]
     key = noise.fold(torch.tensor([config.seed]), iteration)
-    trajectory = sample(generator, repeated, config.sampler, seed=int(key))
+    trajectory = sample(generator, repeated, sampler_at(config, iteration), seed=int(key))
     images = generator.decode(trajectory.tokens)
     scored = {name: reward(images, repeated, trajectory).float() for name, reward in rewards.items()}
     for name, value in scored.items():
@@ -137,9 +141,18 @@ def rollout(
     return Rollout(repeated, trajectory, images, scored)
 
 
+def sampler_at(config: TrainConfig, iteration: int) -> SamplerConfig:
+    """What an iteration (from 0) is drawn with: every second one practises a fixed number of steps."""
+    turn, practises = divmod(iteration, 2)
+    if not (practises and config.practice_steps):
+        return config.sampler
+    steps = config.practice_steps[turn % len(config.practice_steps)]
+    return replace(config.sampler, schedule="power", steps=steps)
+
+
 def weigh(drawn: Rollout, config: TrainConfig, weights: Weights) -> Advantages:
     """The advantages of a rollout under the weights of its iteration; speed counts passes, each 1 / N."""
-    sampler, num_tokens = config.sampler, drawn.trajectory.tokens.shape[1]
+    sampler, num_tokens = drawn.trajectory.sampler or config.sampler, drawn.trajectory.tokens.shape[1]
     guided = 2 if sampler.guidance_scale != 1.0 else 1  # passes of every step
     most = 2 if sampler.schedule == "adaptive" else guided
     return combine(

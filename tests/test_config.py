@@ -9,6 +9,7 @@ import pytest
 from speedrl_lab import config as config_module
 from speedrl_lab.config import (
     PRESETS,
+    DistillConfig,
     EvalConfig,
     PretrainConfig,
     RunConfig,
@@ -46,8 +47,8 @@ def test_the_preset_comes_from_the_environment_where_none_is_given(monkeypatch):
 
 
 def test_names_are_unique_over_all_classes():
-    nested = {"train", "sampler", "evaluation", "pretrain"}
-    classes = (RunConfig, TrainConfig, SamplerConfig, EvalConfig, PretrainConfig)
+    nested = {"train", "sampler", "distillation", "evaluation", "pretrain"}
+    classes = (RunConfig, TrainConfig, SamplerConfig, DistillConfig, EvalConfig, PretrainConfig)
     names = [field.name for owner in classes for field in fields(owner) if field.name not in nested]
     assert len(names) == len(set(names))
     assert set(flat_fields()) == set(names) == set(RunConfig().flat())
@@ -111,6 +112,15 @@ def test_flat_settings_round_trip_with_every_kind_of_knob():
         ({"quality_weights": {"clip": "1"}}, ValueError, "quality_weights=.*: expected a finite number for each name"),
         ({"quality_weights": {"clip": 1, "speed": 1}}, ValueError, "quality_weights holds 'speed'"),
         ({"weight_schedules": {"kl": [[0, "a"]]}}, ValueError, r"expected \[\[iteration, weight\], ...\]"),
+        ({"trained": "head"}, ValueError, "trained='head' is not known; nearest: "),
+        ({"trained": "schedule", "schedule": "power"}, ValueError, "schedule='power' leaves trained="),
+        ({"trained": "schedule", "steps": 1}, ValueError, "steps=1 leaves the pace nothing to choose"),
+        ({"trained": "schedule", "lora_rank": 2}, ValueError, "trained='schedule' leaves the policy as it is"),
+        ({"trained": "schedule", "ema_decay": 0.9}, ValueError, "trained='schedule' leaves the policy as it is"),
+        ({"schedule": "adaptive", "temperature": 0.8}, ValueError, "temperature=0.8: schedule='adaptive' chooses it"),
+        ({"schedule": "adaptive", "guidance_scale": 2.0}, ValueError, "guidance_scale=2.0: schedule='adaptive'"),
+        ({"schedule": "adaptive", "order": "confidence"}, ValueError, "schedule='adaptive' needs a model-independent"),
+        ({"schedule": "adaptive", "estimator": "coupled"}, ValueError, "estimator='coupled' makes states without an"),
         ({"save_every": 0}, ValueError, "save_every=0: expected at least 1"),
         ({"kl_estimator": "k4"}, ValueError, "kl_estimator='k4' is not known; nearest: 'k3'"),
     ],
@@ -133,9 +143,9 @@ def test_settings_do_not_change_after_they_are_made():
 
 def test_every_field_is_described_in_the_source():
     source = inspect.getsource(config_module)
-    for owner in (RunConfig, TrainConfig, SamplerConfig, EvalConfig, PretrainConfig):
+    for owner in (RunConfig, TrainConfig, SamplerConfig, DistillConfig, EvalConfig, PretrainConfig):
         for field in fields(owner):
-            if field.name not in ("train", "evaluation", "pretrain"):
+            if field.name not in ("train", "distillation", "evaluation", "pretrain"):
                 start = source.index(f"\n    {field.name}: ")
                 assert '"""' in source[start : start + 200].split("\n")[2], field.name
 

@@ -1,6 +1,7 @@
 """The Speed-RL loop: it learns, it learns by the exact gradient, and it says what is wrong."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -13,18 +14,23 @@ from speedrl_lab.advantage import Advantages
 from speedrl_lab.config import SamplerConfig, TrainConfig
 from speedrl_lab.generator import StepInfo
 from speedrl_lab.objective import forward_kl, reverse_kl
-from speedrl_lab.pace import PaceHead
+from speedrl_lab.pace import PaceHead, head_for
 from speedrl_lab.rewards.speed import speed_reward
 from speedrl_lab.rl import Learner, Rollout, train
+from speedrl_lab.sampler import sample
 
 PROMPTS = ["a dog", "two cats", "a frog left of a pig", "a star on a red background"]
 SAMPLER = SamplerConfig(steps=2, schedule="linear")
 PACED = SamplerConfig(steps=4, schedule="paced")
+ADAPTIVE = SamplerConfig(steps=4, schedule="adaptive")
 TOY = TrainConfig(
     sampler=SAMPLER, iterations=5, num_groups=3, group_size=8, learning_rate=0.02, warmup_iterations=0,
     quality_weights={"twos": 1.0},
 )  # fmt: skip
 TWOS = {"twos": share_of_twos}
+FROZEN = replace(
+    TOY, sampler=ADAPTIVE, trained="schedule", iterations=60, num_groups=4, group_size=16, pace_learning_rate=0.03,
+)  # fmt: skip
 
 
 def low_codes(images, prompts, trajectory):
@@ -146,7 +152,7 @@ def test_records_hold_every_number(toy):
         "iteration", "reward", "quality", "rewards", "rewards_std", "effective_weights", "steps", "forwards",
         "kl", "clip_fraction", "gradient_norm", "diversity", "dropped", "silent_groups", "silent_rewards",
         "learning_rate", "entropy", "approx_kl", "ratio", "ratio_min", "ratio_max", "ratio_deviation",
-        "optimizer_steps", "weights", "masked", "warnings", "seconds",
+        "optimizer_steps", "weights", "masked", "warnings", "seconds", "passes", "practised",
     }  # fmt: skip
     rewards = {**TWOS, "speed": speed_reward}
     config = replace(TOY, iterations=3, warmup_iterations=4)
@@ -164,6 +170,12 @@ def test_records_hold_every_number(toy):
     record = next(train(toy(), PROMPTS, rewards, paced))
     assert set(record) == names | {"pace_entropy"}
     assert record["reward"] == pytest.approx(record["quality"] + 0.5 * record["rewards"]["speed"])
+    frozen = replace(FROZEN, iterations=1, speed_weight=0.5)
+    record = next(train(toy(), PROMPTS, rewards, frozen))
+    assert set(record) == names | {"pace_entropy"} and record["kl"] == 0 and record["gradient_norm"] > 0
+    assert record["rewards"]["speed"] * 4 * 64 == pytest.approx(-record["forwards"])
+    assert record["forwards"] > record["steps"] * 64 and record["learning_rate"] == 0.03
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
 
 
 def test_rollouts_depend_on_seed_and_iteration_alone(toy):
@@ -212,6 +224,99 @@ def test_the_speed_reward_lowers_the_steps_of_the_embedded_network(emoji):
     )  # fmt: skip
     records = list(train(emoji, PROMPTS, {"low": low_codes, "speed": speed_reward}, config))
     assert records[-1]["steps"] < records[0]["steps"] - 1
+
+
+def taken(trajectory, part: int) -> torch.Tensor:
+    """What an adaptive head chose, (B, T): part 0 counts, 1 temperatures, 2 scales; 0 where it did not act."""
+    chosen = head_for("adaptive", 0).decode(trajectory.pace.clamp(min=0), 4)[part]
+    return chosen * (trajectory.pace >= 0)
+
+
+def mean_taken(trajectory, part: int) -> torch.Tensor:
+    return taken(trajectory, part).sum(1) / trajectory.steps
+
+
+@pytest.mark.parametrize("part, wanted", [(1, 0.5), (1, 1.0), (2, 2.0)], ids=["cold", "warm", "guided"])
+def test_a_schedule_learns_what_is_rewarded_and_the_network_stays(toy, part, wanted):
+    generator = toy()
+    before = weights_of(generator)
+
+    def near(images, prompts, trajectory):
+        return -((taken(trajectory, part) - wanted).abs() * (trajectory.pace >= 0)).sum(1) / trajectory.steps
+
+    records = list(train(generator, PROMPTS, {"near": near}, replace(FROZEN, quality_weights={"near": 1.0})))
+    assert torch.equal(weights_of(generator)[: len(before)], before) and generator.pace.adaptive
+    assert records[0]["reward"] < -0.15 and records[-1]["reward"] > 0.4 * records[0]["reward"]
+    assert records[-1]["pace_entropy"] < records[0]["pace_entropy"]
+    greedy = sample(generator, PROMPTS * 8, replace(ADAPTIVE, greedy_pace=True), seed=1)
+    assert float((mean_taken(greedy, part) - wanted).abs().max()) < 1e-6
+
+
+def test_a_schedule_learns_from_the_pictures_alone(toy):
+    """Colder tokens are likelier ones: the head finds that out through the log-probability of what is drawn."""
+    generator = toy()
+    likely = {"likely": lambda images, prompts, trajectory: trajectory.log_prob.mean(1)}
+    records = list(train(generator, PROMPTS, likely, replace(FROZEN, quality_weights={"likely": 1.0})))
+    start, end = (sum(r["reward"] for r in part) / 5 for part in (records[:5], records[-5:]))
+    assert end > start + 0.1
+    greedy = sample(generator, PROMPTS * 8, replace(ADAPTIVE, greedy_pace=True))
+    assert float(mean_taken(greedy, 1).mean()) < 0.6
+
+
+def test_a_frozen_update_costs_no_passes_and_makes_no_gradient(toy, monkeypatch):
+    generator = toy()
+    generator.pace = head_for("adaptive", 0)
+    learner = Learner(generator, replace(FROZEN, inner_epochs=3))
+    drawn = rl.rollout(generator, PROMPTS, TWOS, FROZEN, 0)
+    monkeypatch.setattr(type(generator), "logits", None)  # a pass would raise
+    learner.update(drawn, given(torch.randn(64, generator=torch.Generator().manual_seed(0))))
+    assert all(parameter.grad is None for parameter in generator.policy.parameters())
+    held = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in generator.pace.parameters()} and learner.optimizer_steps == 3
+
+
+def test_a_paced_schedule_learns_on_a_frozen_network_too(toy):
+    generator = toy()
+    before = weights_of(generator)
+    config = replace(FROZEN, sampler=PACED, speed_weight=1.0, iterations=25, num_groups=3, pace_learning_rate=0.05)
+    records = list(train(generator, PROMPTS, {**TWOS, "speed": speed_reward}, config))
+    assert records[-1]["steps"] < records[0]["steps"] - 0.8
+    assert torch.equal(weights_of(generator)[: len(before)], before)
+
+
+def test_an_adaptive_policy_is_trained_with_its_network(toy):
+    config = replace(TOY, sampler=ADAPTIVE, iterations=40, learning_rate=0.05, pace_learning_rate=0.03)
+    records = list(train(toy(), PROMPTS, TWOS, config))
+    start, end = (sum(r["reward"] for r in part) / 5 for part in (records[:5], records[-5:]))
+    assert end > start + 0.15
+    assert records[0]["ratio_deviation"] < 1e-3 and records[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert records[-1]["kl"] > 0.01
+
+
+@pytest.mark.parametrize("form", ["additive", "multiplicative"])
+@pytest.mark.parametrize("sampler", [ADAPTIVE, replace(PACED, guidance_scale=2.0)], ids=["adaptive", "guided"])
+def test_speed_counts_passes(toy, form, sampler):
+    generator = toy(pace=sampler is not ADAPTIVE)
+    config = replace(FROZEN, sampler=sampler, speed_weight=1.0, speed_form=form, iterations=30)
+    records = list(train(generator, PROMPTS, {**TWOS, "speed": speed_reward}, config))
+    assert records[-1]["forwards"] < 0.7 * records[0]["forwards"]
+
+
+def test_the_lagrangian_holds_passes(toy):
+    config = replace(
+        FROZEN, iterations=120, speed_form="lagrangian", target_steps=3.0, multiplier_rate=0.1, num_groups=4,
+    )  # fmt: skip
+    records = list(train(toy(), PROMPTS, {**TWOS, "speed": speed_reward}, config))
+    assert sum(record["forwards"] for record in records[-30:]) / 30 / 64 == pytest.approx(3.0, abs=0.4)
+
+
+@pytest.mark.parametrize("schedule, made_for", [("paced", "adaptive"), ("adaptive", "paced")])
+def test_a_head_made_for_another_schedule_is_refused(toy, schedule, made_for):
+    generator = toy()
+    generator.pace = head_for(made_for, 0)
+    config = replace(TOY, sampler=SamplerConfig(steps=3, schedule=schedule))
+    with pytest.raises(ValueError, match=f"schedule='{schedule}' does not fit the pace head.*'{made_for}'"):
+        next(train(generator, PROMPTS, TWOS, config))
 
 
 def falling(values: list[float]):
@@ -412,3 +517,33 @@ def test_the_global_generator_is_left_alone(toy):
     before = torch.get_rng_state()
     list(train(generator, PROMPTS, TWOS, replace(TOY, iterations=2, sampler=PACED)))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_every_second_rollout_practises_the_next_fixed_number_of_steps(toy):
+    config = replace(
+        TOY, sampler=PACED, iterations=6, practice_steps=(1, 3), speed_form="lagrangian", speed_weight=0.5,
+        target_steps=2.0,
+    )  # fmt: skip
+    records = list(train(toy(), PROMPTS, {**TWOS, "speed": speed_reward}, config))
+    assert [record["practised"] for record in records] == [False, True] * 3
+    assert [record["steps"] for record in records[1::2]] == [1, 3, 1]
+    assert all(record["weights"]["speed"] == 0 for record in records[1::2])
+    assert all(record["weights"]["speed"] > 0 for record in records[::2])
+
+
+def test_a_practised_rollout_trains_the_policy_and_not_the_pace(toy):
+    generator = toy()
+    config = replace(TOY, sampler=PACED, iterations=3, practice_steps=(2,), speed_weight=0.5)
+    records = train(generator, PROMPTS, {**TWOS, "speed": speed_reward}, config)
+    next(records)
+    pace, policy = deepcopy(generator.pace.state_dict()), deepcopy(generator.policy.state_dict())
+    next(records)
+    moved = [float((policy[name] - value).abs().max()) for name, value in generator.policy.state_dict().items()]
+    assert max(moved) > 0
+    frozen = [float((pace[name] - value).abs().max()) for name, value in generator.pace.state_dict().items()]
+    assert max(frozen) == 0
+
+
+def test_practice_needs_a_schedule_beside_it():
+    with pytest.raises(ValueError, match="practice_steps act beside"):
+        TrainConfig(practice_steps=(1,))
