@@ -165,8 +165,8 @@ def load_maskgit(
     Raises FileNotFoundError in one line that says what to get and where to put it, ValueError in one line for a
     file that is broken, of another network, or a pickle of more than tensors.
     """
-    file = Path(file)
-    source, vq = Path(policy or file), file.parent / VQ_FILE if vq is None else Path(vq)
+    file = Path(file).expanduser()
+    source, vq = Path(policy or file).expanduser(), Path(vq or file.parent / VQ_FILE).expanduser()
     require_files(file, source, vq)
     state, config = read_checkpoint(source, "model_state_dict")
     if config.get("family", MaskGitGenerator.family) != MaskGitGenerator.family:
