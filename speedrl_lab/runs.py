@@ -1,4 +1,4 @@
-"""One folder a run: config.json, metrics.jsonl, checkpoint.pt, policy.safetensors, card.md.
+"""One folder a run: config.json, metrics.jsonl, event files, checkpoint.pt, policy.safetensors, card.md.
 
 Files are written to a temporary name and moved into place, so none is ever half-written; an existing
 run is gone on with or refused, never overwritten.
@@ -12,6 +12,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+
+from speedrl_lab.events import EventFile
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT_VERSION = 2
@@ -50,6 +52,7 @@ class Run:
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path, self.settings = path, settings
+        self._events: EventFile | None = None
 
     @classmethod
     def open(cls, name: str | Path, settings: Mapping[str, Any], resume: bool = False) -> "Run":
@@ -85,9 +88,12 @@ class Run:
         return self.path / "metrics.jsonl"
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a record to metrics.jsonl."""
+        """Append a record to metrics.jsonl, and its numbers to the event file of this session (TensorBoard)."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(record, default=float) + "\n")
+        if self._events is None:
+            self._events = EventFile(self.path, record["iteration"])
+        self._events.write(record)
 
     def records(self) -> pd.DataFrame:
         """All records so far, nested rewards as `rewards.<name>` columns."""
@@ -111,6 +117,7 @@ class Run:
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint or None; drops records written after it. ValueError for a broken file."""
+        self._events = None  # what comes next replaces what was logged after the checkpoint
         path = self.path / "checkpoint.pt"
         if not path.is_file():
             self.metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint

@@ -1,0 +1,104 @@
+"""Train Speed-RL and its rivals with one budget of passes and three seeds each, from the committed base.
+
+    python data/build_rivals.py                       # all of them, one after the other; goes on where it stopped
+    python data/build_rivals.py sdtt dimo --seeds 0 1  # some; several processes may share the work
+
+Runs land in outputs/rivals/<method>-<seed>. `--keep` copies the policies of seed 0 to data/weights/rivals.
+Seconds depend on the machine; passes (forward passes of every network, a backward pass counted as two) do not.
+"""
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import speedrl_lab as lab
+from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.runs import ROOT, outputs_root
+
+BUDGET = 120_000
+METHODS = {
+    "sdtt": {"method": "sdtt", "distill_iterations": 190, "pool_size": 512, "distill_learning_rate": 2e-4,
+             "reverse_share": 1.0},
+    "dimo": {"method": "dimo", "distill_iterations": 82, "start_noise": 0.4},
+    "adanat": {"iterations": 180, "schedule": "adaptive", "trained": "schedule", "speed_form": "lagrangian",
+               "speed_weight": 0.3, "target_steps": 4.0, "pace_learning_rate": 1e-2},
+    "grpo": {"iterations": 62, "speed_form": "lagrangian", "speed_weight": 0.3, "target_steps": 4.0},
+    "dimo-half": {"method": "dimo", "distill_iterations": 41},
+    "speed-rl": {"iterations": 32, "learning_rate": 1e-4, "match_weight": 2.0, "practice_steps": [1, 2, 4],
+                 "speed_form": "lagrangian", "speed_weight": 0.3, "target_steps": 3.0, "ema_decay": 0.9,
+                 "quality_weights": {"clip": 1.0, "coherence": 0.5}},
+}  # fmt: skip
+START = {"speed-rl": "dimo-half"}
+"""Methods that start from another one's policy of the same seed; its passes count."""
+
+
+def settings(method: str, seed: int) -> lab.RunConfig:
+    knobs = METHODS[method]
+    distilled = {"schedule": "power", "speed_weight": 0.0} if "method" in knobs else {}
+    return lab.RunConfig.from_flat("emoji", device="cpu", seed=seed, **distilled, **knobs)
+
+
+def start(method: str, seed: int) -> MaskedGenerator:
+    before = START.get(method)
+    policy = None if before is None else outputs_root() / "rivals" / f"{before}-{seed}" / "policy.safetensors"
+    return lab.load_generator("emoji", device="cpu", policy=policy)
+
+
+def records(method: str, config: lab.RunConfig, seed: int) -> Iterator[dict[str, Any]]:
+    generator, prompts = start(method, seed), lab.load_prompts("train")
+    before = START.get(method)
+    run = lab.Run.open(f"rivals/{method}-{seed}", {**config.flat(), "policy": before or ""}, resume=True)
+    if "method" in METHODS[method]:
+        yield from lab.distill(generator, prompts, config.distillation, config.train.sampler, run, seed)
+    else:
+        names = dict.fromkeys([*config.train.quality_weights, "speed", "detector"])
+        rewards = lab.build_rewards(list(names), "cpu")
+        teacher = lab.load_generator("emoji", device="cpu")
+        yield from lab.train(generator, prompts, rewards, config.train, run, teacher)
+    run.write_card(card(method, run.records(), before))
+
+
+def card(method: str, table: pd.DataFrame, before: str | None) -> dict[str, Any]:
+    return {
+        "method": method + ("" if before is None else f", from {before} of the same seed"),
+        "passes": f"{table.passes.sum():,}",
+        "minutes": f"{table.seconds.sum() / 60:.1f}",
+        "iterations": len(table),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("methods", nargs="*", default=list(METHODS), help=", ".join(METHODS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
+    parser.add_argument("--keep", action="store_true", help="copy the policies of seed 0 to data/weights/rivals")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    for method in options.methods:
+        if method not in METHODS:
+            parser.error(f"unknown method {method!r}; expected some of {', '.join(METHODS)}")
+    for seed in options.seeds:
+        for method in options.methods:
+            config = settings(method, seed)
+            torch.set_float32_matmul_precision(config.matmul_precision)
+            total = config.distillation.distill_iterations if "method" in METHODS[method] else config.train.iterations
+            if not (outputs_root() / "rivals" / f"{method}-{seed}" / "policy.safetensors").is_file():
+                for _ in tqdm(records(method, config, seed), total=total, desc=f"{method}, seed {seed}"):
+                    pass
+    if options.keep:
+        for method in set(METHODS) - set(START.values()):
+            source = outputs_root() / "rivals" / f"{method}-0" / "policy.safetensors"
+            kept = ROOT / "data" / "weights" / "rivals" / f"{method}.safetensors"
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copy(source, kept)
+
+
+if __name__ == "__main__":
+    main()
