@@ -1,7 +1,7 @@
 """Every knob of the project, once: frozen dataclasses, presets, and strict flat access.
 
 Field names are unique over all classes, so one flat papermill parameter maps to one field. Presets
-are Python. Standard library only; no other module defines a setting.
+are Python, in `presets`. Standard library only; no other module defines a setting.
 """
 
 import difflib
@@ -118,6 +118,11 @@ class TrainConfig(_Checked):
     """Epsilon of the PPO clip on the per-token probability ratio."""
     micro_batch_size: int = 32
     """Rows scored at once in the update; changes memory, not the gradient."""
+    gradient_checkpointing: bool = False
+    """Recompute each block of the network in the backward pass: less memory, about a third more time."""
+    policy_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that training leaves as they are; adapters, optimizer and all sampling mathematics stay
+    float32. `bfloat16` halves their memory and is faster on a GPU; it needs `lora_rank` or trained='schedule'."""
     kl_weight: float = 0.02
     """Beta of the penalty that holds the policy near the reference."""
     kl_estimator: Literal["cross_entropy", "exact", "k1", "k2", "k3"] = "cross_entropy"
@@ -126,12 +131,6 @@ class TrainConfig(_Checked):
     practice_steps: tuple[int, ...] = ()
     """Numbers of steps that every second rollout practises in turn, by the power schedule, so that the policy
     serves fixed budgets as well as its own pace; speed has no weight there."""
-    match_weight: float = 0.0
-    """Of token-level matching of the rollouts with the samples of a many-step teacher (`matching`); 0 is off."""
-    match_guidance: float = 2.0
-    """Guidance scale of that teacher."""
-    match_learning_rate: float = 5e-4
-    """Of the auxiliary model that matching learns the rollouts with (Adam)."""
     estimator: Literal["replay", "random_mask", "one_step", "coupled", "critical"] = "replay"
     """How the log-probability of a trajectory is estimated; `replay` is exact, the others are cheaper and biased."""
     order_factor: Literal["exact", "token_only"] = "exact"
@@ -189,9 +188,6 @@ class TrainConfig(_Checked):
         self._require(
             not self.practice_steps or min(self.practice_steps) >= 1, "practice_steps", "step counts from 1"
         )
-        self._require(self.match_weight >= 0, "match_weight", "a number of at least 0")
-        self._require(self.match_guidance >= 0, "match_guidance", "a number of at least 0 (1 is off)")
-        self._require(self.match_learning_rate > 0, "match_learning_rate", "a positive number")
         self._require(0 <= self.filter_quantile < 1, "filter_quantile", "a number in [0, 1)")
         self._require(bool(self.quality_weights), "quality_weights", "at least one reward name")
         self._require(self.lora_rank >= 0, "lora_rank", "at least 0 (0 trains all weights)")
@@ -237,10 +233,6 @@ class TrainConfig(_Checked):
             "policy: give trained='policy'":
                 bool(self.practice_steps)
                 and (self.sampler.schedule not in VARYING or self.trained == "schedule"),
-            "match_weight needs the tokens' own states: estimator='replay', a model-independent order, and a policy "
-            "that is trained":
-                self.match_weight > 0
-                and (self.estimator != "replay" or self.sampler.order == "confidence" or self.trained == "schedule"),
             "quality_weights holds 'speed', which has a weight of its own: speed_weight":
                 "speed" in self.quality_weights,
             f"schedule={self.sampler.schedule!r} leaves trained='schedule' nothing to learn; use 'paced' or 'adaptive'":
@@ -251,6 +243,12 @@ class TrainConfig(_Checked):
                 frozen and (self.lora_rank > 0 or self.ema_decay > 0 or self.estimator != "replay"),
             f"estimator={self.estimator!r} makes states without an action; schedule='adaptive' needs 'replay'":
                 self.sampler.schedule == "adaptive" and self.estimator not in ("replay", "critical"),
+            "policy_dtype='bfloat16' is for weights that are not trained, whose small steps it would round away; set "
+            "lora_rank=16, or leave policy_dtype='float32'":
+                self.policy_dtype == "bfloat16" and self.lora_rank == 0 and not frozen,
+            "gradient_checkpointing saves memory of the network's backward pass, and trained='schedule' has none; "
+            "leave it out":
+                self.gradient_checkpointing and frozen,
         }  # fmt: skip
         for message, clash in clashes.items():
             if clash:
@@ -385,6 +383,16 @@ class RunConfig(_Checked):
 
     preset: str = "emoji"
     """Named start."""
+    generator: str = "emoji"
+    """Which model: emoji, tiny, amused:<folder>, meissonic:<folder> or maskgit:<file>."""
+    negative_prompt: str = ""
+    """What guidance leads away from (amused, meissonic)."""
+    time_conditioning: Literal["auto", "step_index", "mask_ratio"] = "auto"
+    """How Meissonic is told the time; `auto` is step_index, as in its sampling pipeline."""
+    text_encoder: str = ""
+    """Meissonic: folder of another CLIP text model; empty for the checkpoint's own."""
+    prompt_file: str = ""
+    """Training prompts of one's own, .txt, .jsonl, .tsv or .csv; empty for EmojiScenes, or all ImageNet classes."""
     device: str = "auto"
     """`auto` takes CUDA where there is one."""
     matmul_precision: Literal["highest", "medium"] = "highest"
@@ -401,6 +409,8 @@ class RunConfig(_Checked):
         A knob that is None stays as the preset says. Raises ValueError for an unknown preset and
         TypeError for an unknown or mistyped knob; both name the nearest valid one.
         """
+        from speedrl_lab.presets import PRESETS
+
         preset = preset or os.environ.get("SPEEDRL_PRESET") or "emoji"
         if preset not in PRESETS:
             known = list(PRESETS)
@@ -441,6 +451,8 @@ class RunConfig(_Checked):
         return json.dumps(self.flat(), indent=1, default=dict)
 
     def _repr_markdown_(self) -> str:
+        from speedrl_lab.presets import PRESETS
+
         base = PRESETS[self.preset].flat()
         changed = {name: value for name, value in self.flat().items() if base[name] != value}
         lines = [f"**preset `{self.preset}`**" + (", changed:" if changed else ", nothing changed")]
@@ -475,50 +487,3 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         return value
     label = getattr(kind, "__name__", str(kind)) if origin is None else str(kind).replace("typing.", "")
     raise TypeError(f"parameter {name}={value!r} has type {type(value).__name__}, expected {label}")
-
-
-def _presets() -> dict[str, RunConfig]:
-    emoji = RunConfig(
-        matmul_precision="medium",
-        train=TrainConfig(
-            sampler=SamplerConfig(steps=8, order="halton", schedule="paced"),
-            iterations=300,
-            kl_estimator="exact",
-            kl_weight=0.01,
-            quality_weights={"clip": 1.0, "coherence": 1.0, "novelty": 0.4},
-            speed_weight=0.5,
-        ),
-    )
-    demo = replace(
-        emoji,
-        preset="demo",
-        train=replace(emoji.train, iterations=100, speed_form="lagrangian", speed_weight=1.0, target_steps=3.0),
-        evaluation=replace(emoji.evaluation, budgets=(1, 2, 3, 4, 5, 8, 16), num_prompts=64),
-    )
-    sweep = replace(
-        emoji,
-        preset="sweep",
-        train=replace(emoji.train, iterations=24, num_groups=6, learning_rate=5e-5, warmup_iterations=3),
-        evaluation=replace(emoji.evaluation, num_prompts=16, num_seeds=1),
-    )
-    smoke = replace(
-        emoji,
-        preset="smoke",
-        train=replace(emoji.train, iterations=3, num_groups=2, group_size=4, warmup_iterations=1, save_every=2),
-        distillation=replace(emoji.distillation, distill_iterations=3, distill_batch_size=8, pool_size=8),
-        evaluation=replace(emoji.evaluation, budgets=(1, 2, 4), num_prompts=12, num_seeds=2),
-        pretrain=replace(
-            emoji.pretrain, tokenizer_iterations=3, clip_iterations=3, detector_iterations=3,
-            generator_iterations=3, generator_cycles=1, pretrain_batch_size=8, width=32, depth=1,
-        ),
-    )  # fmt: skip
-    gpu = replace(
-        emoji,
-        preset="emoji-gpu",
-        train=replace(emoji.train, num_groups=48, group_size=16, micro_batch_size=768),
-        pretrain=replace(emoji.pretrain, generator_iterations=20000, generator_cycles=1, pretrain_batch_size=256),
-    )
-    return {"smoke": smoke, "sweep": sweep, "demo": demo, "emoji": emoji, "emoji-gpu": gpu}
-
-
-PRESETS: dict[str, RunConfig] = _presets()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from speedrl_lab.config import HEADED, SamplerConfig, TrainConfig
 from speedrl_lab.generator import Cond, MaskedGenerator
 from speedrl_lab.guard import Guard
 from speedrl_lab.likelihood import Visit, scored_states, visit_choice, visit_logits
-from speedrl_lab.matching import Matcher
 from speedrl_lab.objective import clipped_surrogate, entropy, kl_penalty
+from speedrl_lab.precision import halve, make_whole
 from speedrl_lab.schedules import piecewise_linear
-from speedrl_lab.student import iteration_keys
+from speedrl_lab.steering import check_change
 from speedrl_lab.trajectory import Trajectory
 
 
@@ -47,10 +48,20 @@ class Weights:
     kl: float
 
 
-def weights_at(config: TrainConfig, iteration: int, multiplier: float | None = None) -> Weights:
-    """Weights at an iteration (from 0): constant, as `weight_schedules` says, or a Lagrangian multiplier."""
+def weights_at(
+    config: TrainConfig,
+    iteration: int,
+    multiplier: float | None = None,
+    changed: Mapping[str, tuple[int, float]] = MappingProxyType({}),
+) -> Weights:
+    """Weights at an iteration (from 0): constant, as `weight_schedules` says, or a Lagrangian multiplier.
+
+    Those `changed` while the run went on, name -> (iteration from 1, weight), come before all of these.
+    """
 
     def at(name: str, constant: float) -> float:
+        if name in changed:
+            return changed[name][1]
         points = config.weight_schedules.get(name)
         return constant if points is None else piecewise_linear(points, iteration)
 
@@ -62,12 +73,14 @@ def weights_at(config: TrainConfig, iteration: int, multiplier: float | None = N
 class Learner:
     """What changes during training: weights, optimizer, counters, guard; all of it in `state`."""
 
-    def __init__(self, generator: MaskedGenerator, config: TrainConfig, teacher: MaskedGenerator | None = None):
-        """Take `generator` as the policy; `teacher` is what matching compares with (default: the start)."""
+    def __init__(self, generator: MaskedGenerator, config: TrainConfig):
         self.generator, self.config, self.guard = generator, config, Guard(config)
         self.frozen = config.trained == "schedule"
         if config.lora_rank and not has_adapter(generator.policy):
             add_lora(generator, config.lora_rank, seed=config.seed)
+        if config.gradient_checkpointing:
+            generator.enable_gradient_checkpointing()
+        self.originals = halve(generator.policy) if config.policy_dtype == "bfloat16" else None
         self.adapted = has_adapter(generator.policy)
         self.reference = generator if self.frozen else None if self.adapted else generator.copy()
         self.modules: dict[str, nn.Module] = {} if self.frozen else {"policy": generator.policy}
@@ -78,12 +91,9 @@ class Learner:
         self.optimizer = torch.optim.Adam(groups)
         self.rates = [group["lr"] for group in groups]
         self.average = Average(generator.policy, config.ema_decay) if config.ema_decay else None
-        self.matcher = None
-        if config.match_weight:
-            fixed = generator.copy() if teacher is None else teacher
-            self.matcher = Matcher(fixed, config.match_guidance, 0.0, config.match_learning_rate)
         self.iteration = self.optimizer_steps = 0
         self.multiplier, self.excess = config.speed_weight, 0.0  # of the Lagrangian speed form
+        self.changed: dict[str, tuple[int, float]] = {}  # weights: from which iteration, to what
         self.best = self.played = self._weights()
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
@@ -103,7 +113,13 @@ class Learner:
     @property
     def weights(self) -> Weights:
         """The nominal weights of the coming update."""
-        return weights_at(self.config, self.iteration, self.multiplier + self.excess)
+        return weights_at(self.config, self.iteration, self.multiplier + self.excess, self.changed)
+
+    def change(self, weights: Mapping[str, float]) -> None:
+        """Put other weights in force from the coming update on; ValueError for one that cannot be changed."""
+        for name, weight in weights.items():
+            check_change(self.config, name, weight)
+        self.changed = self.changed | {name: (self.iteration + 1, float(weight)) for name, weight in weights.items()}
 
     @contextmanager
     def _anchored(self) -> Iterator[MaskedGenerator]:
@@ -130,13 +146,12 @@ class Learner:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * min(warm_up, 1 - self.iteration / config.iterations)
         scored = None if self.frozen else self._scored(drawn)
-        pull, divergence = self._pull(drawn)
         for epoch in range(config.inner_epochs):
             self.optimizer.zero_grad(set_to_none=True)
             if self.frozen:
                 measured = self._backward_pace(drawn.trajectory, advantages.advantage)
             else:
-                measured = self._backward(drawn.trajectory, *scored, advantages, pull)
+                measured = self._backward(drawn.trajectory, *scored, advantages)
             clipped = self.generator.pace if self.frozen else self.generator.policy
             norm = nn.utils.clip_grad_norm_(clipped.parameters(), 1.0)
             self.optimizer.step()
@@ -145,10 +160,6 @@ class Learner:
                 first = {name: measured[name] for name in ("kl", "ratio_deviation")}
         if self.average is not None:
             self.average.update(self.generator.policy)
-        if self.matcher is not None:
-            keys = self._match_keys(drawn)
-            measured["auxiliary_loss"] = self.matcher.learn(drawn.trajectory.tokens, scored[0], keys, warm_up)
-            measured["divergence"] = divergence
         measured["passes"] = self._passes(drawn.trajectory, scored)
         self.iteration += 1
         if config.speed_form == "lagrangian" and self._drawn_with(drawn.trajectory) == config.sampler:
@@ -175,24 +186,16 @@ class Learner:
         """The settings of a rollout: the run's, but for a practised number of steps."""
         return trajectory.sampler or self.config.sampler
 
-    def _match_keys(self, drawn: Rollout) -> Tensor:
-        return iteration_keys(self.config.seed, self.iteration, len(drawn.prompts), self.generator.device)
-
-    def _pull(self, drawn: Rollout) -> tuple[Tensor | None, float]:
-        """What matching hands to the logits, (B, N, V), and how far the rollout is from the teacher's samples."""
-        if self.matcher is None:
-            return None, 0.0
-        return self.matcher.pull(drawn.trajectory.tokens, self.generator.encode(drawn.prompts), self._match_keys(drawn))
-
     def _passes(self, trajectory: Trajectory, scored: tuple | None) -> int:
         """Forward passes of all networks in this iteration, a backward pass counted as two; rewards left out."""
         total = int(trajectory.forwards.sum())
         if scored is not None:
             guided = 1 if self._drawn_with(trajectory).guidance_scale == 1.0 else 2
             states = guided * sum(len(visit.samples) for visit in scored[1])
+            if self._drawn_with(trajectory).schedule == "adaptive":  # some rows of a state are guided
+                scales = [self.generator.pace.decode(visit.pace, 1)[2] for visit in scored[1]]
+                states += sum(int((scale != 1).sum()) for scale in scales)
             total += self.config.inner_epochs * 4 * states  # policy forward and backward, reference
-        if self.matcher is not None:
-            total += len(trajectory) * (self.matcher.forwards + 2)
         return total
 
     def _chosen(self, visit: Visit, cond: Cond, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
@@ -207,7 +210,6 @@ class Learner:
         states: list[Visit],
         stored: list[Tensor | None],
         advantages: Advantages,
-        pull: Tensor | None,
     ) -> dict[str, float]:
         """Accumulate gradients over the scored states; returns means over tokens."""
         config, kl_weight = self.config, self.weights.kl
@@ -225,8 +227,6 @@ class Learner:
             loss = -((value - kl_weight * kl) * kept[visit.owners]).sum() * visit.weight
             if visit.picks is not None:
                 loss = loss - self._choice_value(trajectory, visit, chosen, advantage).sum()
-            if pull is not None:
-                loss = loss + config.match_weight * (pull[visit.owners, visit.positions] * log_probs).sum()
             (loss / scale).backward()
             ratio = ratio.detach()
             scored += len(ratio)
@@ -286,11 +286,14 @@ class Learner:
         return warnings
 
     def finish(self) -> None:
-        """Leave the weights that are the result: the best after a collapse, the average where one is kept."""
+        """Leave the weights that are the result, in full precision: the best after a collapse, the average where
+        one is kept."""
         if self.guard.collapsed:
             self._load(self.best)
         elif self.average is not None:
             self.average.copy_to(self.generator.policy)
+        if self.originals is not None:
+            make_whole(self.generator.policy, self.originals)
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint needs; random numbers depend on the iteration alone."""
@@ -299,17 +302,20 @@ class Learner:
             "optimizer_steps": self.optimizer_steps,
             "multiplier": self.multiplier,
             "excess": self.excess,
+            "changed": self.changed,
             "guard": self.guard.state(),
             "best": self.best,
             "modules": self._weights(),
             "reference": self._reference_state(),
             "average": None if self.average is None else self.average.state_dict(),
-            "matcher": None if self.matcher is None else self.matcher.state(),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def _reference_state(self) -> dict[str, Tensor]:
-        """The reference's weights, which a frozen network is itself; with an adapter, the weights below it."""
+        """The reference's weights, which a frozen network is itself; with an adapter, the weights below it. Full
+        precision where that is kept."""
+        if self.originals is not None:
+            return dict(self.originals)
         if self.reference is not None:
             return deepcopy(self.reference.policy.state_dict())
         policy = self.generator.policy
@@ -318,16 +324,18 @@ class Learner:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint made by `state`."""
         self._load(state["modules"])
+        if self.originals is not None:
+            self.originals = {name: value.cpu() for name, value in state["reference"].items()}
         reference = self.generator.policy if self.reference is None else self.reference.policy
-        reference.load_state_dict(state["reference"], strict=self.reference is not None)
+        whole = self.reference is not None and self.originals is None
+        reference.load_state_dict(state["reference"], strict=whole)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        if self.matcher is not None:
-            self.matcher.restore(state["matcher"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.restore(state["guard"])
         self.iteration, self.optimizer_steps = state["iteration"], state["optimizer_steps"]
         self.multiplier, self.excess, self.best = state["multiplier"], state["excess"], state["best"]
+        self.changed = state.get("changed", {})  # of older checkpoints: none
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

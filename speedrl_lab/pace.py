@@ -14,7 +14,7 @@ from torch import Tensor, nn
 SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 """The choices, as shares of all N tokens; a choice above what is left reveals all that is left."""
 EXPLORATION = 0.05
-"""Share of uniform choices mixed in: without it the head soon takes one count always, and then a speed
+"""Share of uniform choices mixed into each part: without it the head soon takes one count always, and then a speed
 reward has nothing to act on."""
 FEATURES = 2 * len(SHARES) + 2
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
@@ -51,7 +51,7 @@ class PaceHead(nn.Module):
 
     A choice is a count, and where several `temperatures` or `scales` are given also a temperature of the
     tokens and a guidance scale for this step (the actions of AdaNAT, arXiv 2409.00342): one categorical over
-    the product, whose logit is the sum of one logit a part.
+    the product, in which each part is drawn on its own and explores on its own.
     """
 
     def __init__(self, width: int = 64, temperatures: Sequence[float] = (1.0,), scales: Sequence[float] = (1.0,)):
@@ -67,10 +67,14 @@ class PaceHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Log-probabilities (..., K) from pace features (..., FEATURES)."""
-        logits, *others = self.layers(features).split(self.outputs, -1)
-        for part in others:
-            logits = (logits[..., None] + part[..., None, :]).flatten(-2)
-        return ((1 - EXPLORATION) * logits.softmax(-1) + EXPLORATION / logits.shape[-1]).log()
+        parts = [
+            ((1 - EXPLORATION) * logits.softmax(-1) + EXPLORATION / logits.shape[-1]).log()
+            for logits in self.layers(features).split(self.outputs, -1)
+        ]
+        joint = parts[0]
+        for part in parts[1:]:
+            joint = (joint[..., None] + part[..., None, :]).flatten(-2)
+        return joint
 
     def decode(self, taken: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """What choices int64 (...) mean: how many tokens, int64, temperature and guidance scale, float32; all (...)."""

@@ -23,6 +23,7 @@ from speedrl_lab.pace import head_for
 from speedrl_lab.rewards import Reward
 from speedrl_lab.runs import Run
 from speedrl_lab.sampler import require_head, sample
+from speedrl_lab.steering import Steer
 
 
 def train(
@@ -31,21 +32,23 @@ def train(
     rewards: Mapping[str, Reward],
     config: TrainConfig,
     run: Run | None = None,
-    teacher: MaskedGenerator | None = None,
+    steer: Steer | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Tune `generator` in place and yield one record an iteration.
 
-    `teacher` is the many-step generator that `match_weight` compares rollouts with; by default what
-    `generator` was at the start.
+    Stop by leaving the loop: with a `run` the state is saved; call again to go on from there, bit for bit
+    on a CPU. When the smoothed progress collapses, the best weights are restored and the loop ends.
 
-    Stop by leaving the loop; with a `run`, call again to go on from its checkpoint, bit for bit on a
-    CPU. When the smoothed progress collapses, the best weights are restored and the loop ends.
+    `steer` is asked before each iteration, by its number, for weights to change (a quality reward, `speed` or
+    `kl`). They are in force from that iteration on, resumed or not, instead of constants and schedules; its
+    record lists them as `changed`.
+
     Raises ValueError before any work for rewards that are missing or cannot act.
     """
     check(generator, prompts, rewards, config)
     if config.sampler.schedule in HEADED and generator.pace is None:
         generator.pace = head_for(config.sampler.schedule, config.seed).to(generator.device)
-    learner = Learner(generator, config, teacher)
+    learner = Learner(generator, config)
     if run is not None:
         saved = run.load_checkpoint()
         if saved is None:
@@ -54,6 +57,8 @@ def train(
             learner.restore(saved)
     while learner.iteration < config.iterations and not learner.guard.collapsed:
         began = time.perf_counter()
+        if steer is not None:
+            _change(learner, rewards, steer(learner.iteration + 1), run)
         drawn, weights = rollout(generator, prompts, rewards, config, learner.iteration), learner.weights
         practised = drawn.trajectory.sampler != config.sampler
         if practised:
@@ -63,15 +68,38 @@ def train(
         record = describe(learner, drawn, weights, advantages, measured)
         record |= {"practised": practised, "warnings": [] if practised else learner.watch(record)}
         record["seconds"] = time.perf_counter() - began
+        done = learner.iteration == config.iterations or learner.guard.collapsed
+        is_saved = run is None or done or learner.iteration % config.save_every == 0
         if run is not None:
             run.log(record)
-            done = learner.iteration == config.iterations or learner.guard.collapsed
-            if done or learner.iteration % config.save_every == 0:
+            if is_saved:
                 run.save_checkpoint(learner.state())
-        yield record
+        try:
+            yield record
+        except GeneratorExit:
+            if not is_saved and _is_last(run, record):
+                run.save_checkpoint(learner.state())
+            raise
     learner.finish()
     if run is not None:
         generator.save_policy(run.path / "policy.safetensors", origin=f"Speed-RL run {run.path.name}")
+
+
+def _change(learner: Learner, rewards: Mapping[str, Reward], weights: Mapping[str, float], run: Run | None) -> None:
+    """Change weights, and save that it was done: a run that is killed afterwards goes on with them."""
+    if not weights:
+        return
+    if "speed" in weights and "speed" not in rewards:
+        raise ValueError(f"weight 'speed' cannot be changed: it is not among the rewards ({', '.join(rewards)})")
+    learner.change(weights)
+    if run is not None:
+        run.save_checkpoint(learner.state())
+
+
+def _is_last(run: Run, record: Mapping[str, Any]) -> bool:
+    """Whether nobody has gone on with the run, or removed it, since it logged that record."""
+    logged = run.records().tail(1).to_dict("records")
+    return bool(logged) and all(logged[0][name] == record[name] for name in ("iteration", "seconds"))
 
 
 def check(
@@ -106,6 +134,10 @@ def check(
         raise ValueError(f"quality_floor names {unknown[0]!r}, which is not among the rewards ({', '.join(rewards)})")
     if not prompts:
         raise ValueError("no training prompts given; expected at least one")
+    if config.gradient_checkpointing and not hasattr(generator, "enable_gradient_checkpointing"):
+        raise ValueError(
+            f"gradient_checkpointing=True: generator {generator.spec.name!r} has none; lower micro_batch_size instead"
+        )
     if config.sampler.steps > generator.spec.num_tokens:
         most = generator.spec.num_tokens
         raise ValueError(f"steps={config.sampler.steps}: expected 1 to {most}; nearest: {most}")
@@ -194,6 +226,7 @@ def describe(
         "rewards": raw,
         "rewards_std": {name: within_group_std(value, config.group_size) for name, value in scored.items()},
         "weights": {**weights.quality, "speed": weights.speed, "kl": weights.kl},
+        "changed": {name: weight for name, (first, weight) in learner.changed.items() if first == learner.iteration},
         "effective_weights": advantages.effective_weights,
         "masked": advantages.masked,
         "steps": float(trajectory.steps.float().mean()),

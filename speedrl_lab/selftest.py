@@ -84,7 +84,7 @@ def selftest(
 def _drift(trial: MaskedGenerator, generator: MaskedGenerator) -> float:
     """Largest difference between a weight of the two policies."""
     pairs = zip(trial.policy.parameters(), generator.policy.parameters(), strict=True)
-    return max(float((left - right).abs().max()) for left, right in pairs)
+    return max(float((left - right).detach().abs().max()) for left, right in pairs)
 
 
 def stored_log_prob(trajectory: Trajectory, order_factor: str = "exact") -> Tensor:

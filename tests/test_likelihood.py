@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import randomize
 from torch import Tensor
 
 from speedrl_lab.config import SamplerConfig
 from speedrl_lab.generator import StepInfo
 from speedrl_lab.likelihood import ESTIMATORS, scored_states, trajectory_log_prob
-from speedrl_lab.pace import pace_counts
+from speedrl_lab.pace import PaceHead, head_for, pace_counts
 from speedrl_lab.sampler import plackett_luce, sample
 from speedrl_lab.schedules import reveal_counts
 from speedrl_lab.trajectory import Trajectory
@@ -168,6 +169,61 @@ def test_paced_probabilities_sum_to_one_over_tokens_and_actions(toy):
     parts = [*generator.policy.parameters(), *generator.pace.parameters()]
     assert all(part.grad is not None for part in parts)
     assert max(float(part.grad.abs().max()) for part in parts) < 1e-4
+
+
+ADAPTIVE = SamplerConfig(steps=5, schedule="adaptive")
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+@pytest.mark.parametrize("sampler", [ADAPTIVE, replace(ADAPTIVE, order="random", start_noise=0.3)], ids=label)
+def test_adaptive_replay_returns_what_the_sampler_stored(emoji, sampler, batch_size):
+    emoji.pace = randomize(head_for("adaptive", 0), 1, std=0.1)
+    with torch.no_grad():
+        trajectory = sample(emoji, PROMPTS * 4, sampler, seed=3)
+        replayed = trajectory_log_prob(emoji, PROMPTS * 4, trajectory, sampler, batch_size=batch_size)
+    assert torch.allclose(replayed, stored(trajectory), rtol=1e-5, atol=1e-3)
+    other = replace(trajectory, pace=(trajectory.pace + 1).where(trajectory.pace >= 0, -1) % 84)
+    with torch.no_grad():
+        assert not torch.allclose(trajectory_log_prob(emoji, PROMPTS * 4, other, sampler), replayed, atol=0.1)
+
+
+def adaptive_outcomes(head: PaceHead) -> Trajectory:
+    """Every pair of actions with every token grid, for the toy under one order and two steps."""
+    counts = head.decode(torch.arange(14 * len(head.scales)), 4)[0].tolist()
+    plans = [(first, second) for first, count in enumerate(counts) if count < 4 for second in range(len(counts))]
+    plans += [(first, -1) for first, count in enumerate(counts) if count == 4]
+    early = torch.tensor([counts[first] for first, _ in plans]).repeat_interleave(81)
+    pace = torch.tensor(plans).repeat_interleave(81, 0)
+    reveal_step = torch.empty(len(pace), 4, dtype=torch.int16)
+    reveal_step[:, ORDER] = (torch.arange(4) >= early[:, None]).to(torch.int16)
+    steps = (pace >= 0).sum(1)
+    return Trajectory(
+        tokens=GRIDS.repeat(len(plans), 1), reveal_step=reveal_step, steps=steps, forwards=steps,
+        log_prob=torch.zeros(len(pace), 4), mask_id=4, order=ORDER.repeat(len(pace), 1), pace=pace,
+    )  # fmt: skip
+
+
+def test_adaptive_probabilities_sum_to_one_over_tokens_and_actions(toy):
+    generator = toy()
+    generator.pace = randomize(PaceHead(8, (0.5, 1.0), (1.0, 2.0)), 1, std=0.5)
+    trajectory, sampler = adaptive_outcomes(generator.pace), SamplerConfig(steps=2, schedule="adaptive")
+    assert len(trajectory) == (24 * 28 + 4) * 81
+    log_prob = trajectory_log_prob(generator, ["a dog"] * len(trajectory), trajectory, sampler, batch_size=100_000)
+    assert float(log_prob.detach().exp().sum()) == pytest.approx(1.0, abs=1e-4)
+    (log_prob.exp().sum()).backward()  # of a constant: 0, with every part of the derivative there
+    parts = [*generator.policy.parameters(), *generator.pace.parameters()]
+    assert all(part.grad is not None for part in parts)
+    assert max(float(part.grad.abs().max()) for part in parts) < 1e-4
+
+
+@pytest.mark.parametrize("estimator", ["random_mask", "one_step", "coupled"])
+def test_adaptive_states_without_an_action_are_refused(emoji, estimator):
+    emoji.pace = head_for("adaptive", 0)
+    trajectory = sample(emoji, PROMPTS, ADAPTIVE)
+    with pytest.raises(ValueError, match=f"estimator='{estimator}' makes states in which schedule='adaptive' chose"):
+        trajectory_log_prob(emoji, PROMPTS, trajectory, estimator=estimator)
+    with torch.no_grad():
+        assert trajectory_log_prob(emoji, PROMPTS, trajectory, estimator="critical").isfinite().all()
 
 
 CONFIDENT = SamplerConfig(steps=4, order="confidence")

@@ -1,11 +1,23 @@
-"""The pace head's inputs against a slow loop, and its start."""
+"""The pace head's inputs and its joint choices against slow loops, and its start."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from conftest import randomize
 
-from speedrl_lab.pace import EXPLORATION, FEATURES, SHARES, PaceHead, pace_counts, pace_features
+from speedrl_lab.pace import (
+    EXPLORATION,
+    FEATURES,
+    SCALES,
+    SHARES,
+    TEMPERATURES,
+    PaceHead,
+    head_for,
+    pace_counts,
+    pace_features,
+)
 
 
 def test_choices_are_shares_of_the_tokens_and_at_least_one():
@@ -59,3 +71,39 @@ def test_reset_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     head.reset(0)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("temperatures, scales", [(TEMPERATURES, SCALES), ((0.5, 1.0), (1.0,)), ((1.0,), (1.0, 2.0))])
+def test_joint_choices_are_products_of_their_parts(temperatures, scales):
+    head = randomize(PaceHead(8, temperatures, scales), 0)
+    features = torch.randn(3, 2, FEATURES, generator=torch.Generator().manual_seed(4))
+    chances = head(features).exp().detach()
+    every = list(itertools.product(pace_counts(64).tolist(), temperatures, scales))
+    assert chances.shape == (3, 2, len(every)) and torch.allclose(chances.sum(-1), torch.ones(3, 2))
+    counts, degrees, guidance = head.decode(torch.arange(len(every)), 64)
+    decoded = zip(counts.tolist(), degrees.tolist(), guidance.tolist(), strict=True)
+    assert [pytest.approx(choice) for choice in every] == list(decoded)
+    sizes = [size for size in (len(SHARES), len(temperatures), len(scales)) if size > 1]
+    parts = [part.softmax(-1).detach() for part in head.layers(features).split(sizes, -1)]
+    mixed = [(1 - EXPLORATION) * part + EXPLORATION / part.shape[-1] for part in parts]
+    indices = itertools.product(*map(range, sizes))
+    product = [math.prod(part[..., i] for part, i in zip(mixed, at, strict=True)) for at in indices]
+    assert torch.allclose(chances, torch.stack(product, -1), atol=1e-6) and float(chances.std()) > 1e-3
+
+
+def test_decode_keeps_the_shape():
+    head = head_for("adaptive", 0)
+    counts, temperatures, scales = head.decode(torch.tensor([[0, 83], [11, 12]]), 4)
+    assert counts.tolist() == [[1, 4], [1, 1]]
+    assert temperatures == pytest.approx(torch.tensor([[0.5, 1.0], [1.0, 0.5]]))
+    assert scales.tolist() == [[1.0, 3.0], [3.0, 1.0]]
+
+
+def test_a_plain_head_is_what_it_was():
+    plain, adaptive = head_for("paced", 1), head_for("adaptive", 1)
+    assert plain.config == {"width": 64} and not plain.adaptive and adaptive.adaptive
+    assert plain.layers[2].weight.shape == (len(SHARES), 64)
+    assert adaptive.layers[2].weight.shape == (len(SHARES) + len(TEMPERATURES) + len(SCALES), 64)
+    counts, temperatures, scales = plain.decode(torch.arange(len(SHARES)), 64)
+    assert torch.equal(counts, pace_counts(64)) and set(temperatures.tolist()) == set(scales.tolist()) == {1.0}
+    assert torch.allclose(adaptive(torch.zeros(1, FEATURES)).exp(), torch.full((1, 84), 1 / 84))

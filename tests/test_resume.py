@@ -26,8 +26,12 @@ PACED = replace(FIXED, sampler=SamplerConfig(steps=3, schedule="paced"), speed_w
 RICH = replace(PACED, ema_decay=0.8, inner_epochs=2, speed_form="lagrangian", weight_schedules={"kl": [[0, 0], [5, 1]]})
 CONFIDENT = replace(FIXED, sampler=SamplerConfig(steps=2, order="confidence"), estimator="coupled", inner_epochs=2)
 LORA = replace(FIXED, lora_rank=2)
+ADAPTIVE = replace(PACED, sampler=SamplerConfig(steps=3, schedule="adaptive"), inner_epochs=2)
+FROZEN = replace(ADAPTIVE, trained="schedule", speed_form="lagrangian")
 CONFIGS = pytest.mark.parametrize(
-    "config", [FIXED, PACED, RICH, CONFIDENT, LORA], ids=["fixed", "paced", "rich", "confident", "lora"]
+    "config",
+    [FIXED, PACED, RICH, CONFIDENT, LORA, ADAPTIVE, FROZEN],
+    ids=["fixed", "paced", "rich", "confident", "lora", "adaptive", "frozen"],
 )
 
 
@@ -57,7 +61,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, config, stop_after):
     trained(make_toy(), config, tmp_path / "parts", stop_after)
     parts = trained(make_toy(), config, tmp_path / "parts")
     assert torch.equal(parts, whole)
-    assert not torch.equal(whole[: len(weights_of(make_toy()))], weights_of(make_toy()))
+    start = weights_of(make_toy())
+    assert torch.equal(whole[: len(start)], start) == (config.trained == "schedule")
     assert [record["iteration"] for record in logged(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
     assert without_times(logged(tmp_path / "parts")) == without_times(logged(tmp_path / "whole"))
 
@@ -146,10 +151,11 @@ def test_other_settings_are_refused(tmp_path):
         Run.open(tmp_path / "run", asdict(FIXED))
 
 
-def test_a_lora_run_goes_on_from_its_own_base(tmp_path):
-    whole = trained(make_toy(), LORA, tmp_path / "whole")
-    trained(make_toy(), LORA, tmp_path / "parts", stop_after=3)
-    assert torch.equal(trained(make_toy(seed=1), LORA, tmp_path / "parts"), whole)
+@pytest.mark.parametrize("config", [LORA, FROZEN], ids=["lora", "frozen"])
+def test_a_run_that_leaves_the_base_as_it_is_goes_on_from_its_own(tmp_path, config):
+    whole = trained(make_toy(), config, tmp_path / "whole")
+    trained(make_toy(), config, tmp_path / "parts", stop_after=3)
+    assert torch.equal(trained(make_toy(seed=1), config, tmp_path / "parts"), whole)
 
 
 def test_a_record_cut_short_by_a_kill_is_left_out(tmp_path):

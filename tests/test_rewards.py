@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speedrl_lab import scenes
+from speedrl_lab import compositor, scenes
 from speedrl_lab.networks import Tokenizer
 from speedrl_lab.rewards import NAMES, build_rewards
 from speedrl_lab.rewards.embedded import load_clip
@@ -103,7 +103,7 @@ def test_coherence_tells_scenes_from_confetti(real, tokenizer: Tokenizer):
 
 def test_rewards_come_in_the_order_of_their_names():
     assert list(build_rewards(["speed", "clip"])) == ["speed", "clip"]
-    assert set(NAMES) == {"clip", "coherence", "novelty", "detector", "speed", "geneval"}
+    assert set(NAMES) == {"clip", "coherence", "novelty", "verified", "detector", "speed", "geneval"}
 
 
 def test_unknown_rewards_name_the_nearest():
@@ -114,3 +114,19 @@ def test_unknown_rewards_name_the_nearest():
 def test_unreadable_captions_are_refused(real):
     with pytest.raises(ValueError, match="unknown word 'dgo'"):
         build_rewards(["clip"])["clip"](real[2][:1], ["a dgo"], NOTHING)
+
+
+def test_verified_wants_counts_relation_and_background_at_once():
+    """Each caption gets pictures of another scene that differs in one of the three."""
+    rng = torch.Generator().manual_seed(3)
+    captions = ["a dog left of a cat on a red background", "two frogs", "a pizza on a blue background"]
+    wrong = ["a cat left of a dog on a red background", "a frog", "a pizza on a green background"]
+    verified = build_rewards(["verified"])["verified"]
+
+    def scores(shown: list[str]) -> torch.Tensor:
+        wanted = [caption for caption in captions for _ in range(8)]
+        painted = [scenes.parse_caption(caption) for caption in shown for _ in range(8)]
+        return verified(compositor.paint(scenes.draw_layouts(painted, rng)), wanted, NOTHING)
+
+    assert float(scores(captions).mean()) > 0.95
+    assert float(scores(wrong).mean()) < 0.05

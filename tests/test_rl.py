@@ -174,7 +174,9 @@ def test_records_hold_every_number(toy):
     record = next(train(toy(), PROMPTS, rewards, frozen))
     assert set(record) == names | {"pace_entropy"} and record["kl"] == 0 and record["gradient_norm"] > 0
     assert record["rewards"]["speed"] * 4 * 64 == pytest.approx(-record["forwards"])
-    assert record["forwards"] > record["steps"] * 64 and record["learning_rate"] == 0.03
+    assert record["passes"] == record["forwards"] > record["steps"] * 64 and record["learning_rate"] == 0.03
+    record = next(train(toy(), PROMPTS, rewards, replace(frozen, trained="policy")))
+    assert record["passes"] == 5 * record["forwards"]  # each state again: policy forward and backward, reference
     assert json.loads(json.dumps(record, allow_nan=False)) == record
 
 
@@ -304,9 +306,12 @@ def test_speed_counts_passes(toy, form, sampler):
 
 def test_the_lagrangian_holds_passes(toy):
     config = replace(
-        FROZEN, iterations=120, speed_form="lagrangian", target_steps=3.0, multiplier_rate=0.1, num_groups=4,
+        FROZEN, iterations=120, speed_form="lagrangian", target_steps=3.0, multiplier_rate=0.03,
+        pace_learning_rate=0.005,
     )  # fmt: skip
     records = list(train(toy(), PROMPTS, {**TWOS, "speed": speed_reward}, config))
+    excess = records[0]["forwards"] / 64 / 3 - 1
+    assert excess > 0.4 and records[1]["weights"]["speed"] == pytest.approx(1.03 * excess)
     assert sum(record["forwards"] for record in records[-30:]) / 30 / 64 == pytest.approx(3.0, abs=0.4)
 
 
@@ -547,3 +552,17 @@ def test_a_practised_rollout_trains_the_policy_and_not_the_pace(toy):
 def test_practice_needs_a_schedule_beside_it():
     with pytest.raises(ValueError, match="practice_steps act beside"):
         TrainConfig(practice_steps=(1,))
+
+
+def test_passes_are_those_that_were_made(toy, monkeypatch):
+    made = [0]
+    network = type(toy().policy)
+    plain = network.forward
+
+    def counted(self, tokens, text):
+        made[0] += len(tokens) * (3 if torch.is_grad_enabled() else 1)  # a backward pass is two
+        return plain(self, tokens, text)
+
+    monkeypatch.setattr(network, "forward", counted)
+    records = list(train(toy(), PROMPTS, TWOS, TOY))
+    assert sum(record["passes"] for record in records) == made[0]

@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import randomize
 
 from speedrl_lab import noise
 from speedrl_lab.config import VARYING, SamplerConfig
 from speedrl_lab.generator import StepInfo
+from speedrl_lab.pace import SCALES, TEMPERATURES, head_for
 from speedrl_lab.sampler import inverse_cdf, sample
 from speedrl_lab.schedules import halton_order, reveal_counts, shifted_orders
 
 PROMPTS = ["a dog", "two cats on a red background", "a dog", "a star left of a pig", "a dog", "two cats"]
 PACED = SamplerConfig(steps=12, schedule="paced")
+ADAPTIVE = SamplerConfig(steps=5, schedule="adaptive")
 ALL = [
     SamplerConfig(steps=5, order=order, schedule=schedule)
     for order in ("halton", "random", "confidence")
@@ -294,6 +297,94 @@ def test_a_paced_schedule_needs_a_pace_head(emoji):
     emoji.pace = None
     with pytest.raises(ValueError, match="schedule='paced' needs a pace head and generator 'emoji' has none"):
         sample(emoji, ["a dog"], PACED)
+
+
+def adaptive(generator, likeliest: tuple[int, int, int] | None = None):
+    """The generator with an adaptive head: a random one, or one whose likeliest (count, temperature, scale) is this."""
+    generator.pace = randomize(head_for("adaptive", 0), 5, std=0.1)
+    if likeliest is not None:
+        with torch.no_grad():
+            generator.pace.layers[2].weight.zero_()
+            for bias, choice in zip(generator.pace.layers[2].bias.split([7, 4, 3]), likeliest, strict=True):
+                bias[choice] = 5.0
+    return generator
+
+
+def test_adaptive_heads_act_at_every_step_and_guided_rows_cost_two_passes(emoji):
+    counting = Counting(adaptive(emoji))
+    trajectory = sample(counting, PROMPTS * 4, ADAPTIVE)
+    acted = torch.arange(5) < trajectory.steps[:, None]
+    assert torch.equal(trajectory.pace >= 0, acted) and len(trajectory.steps.unique()) > 2
+    counts, temperatures, scales = emoji.pace.decode(trajectory.pace[acted], 64)
+    assert set(temperatures.tolist()) == set(torch.tensor(TEMPERATURES).tolist())
+    assert set(scales.tolist()) == set(SCALES)
+    guided = torch.zeros(acted.shape, dtype=torch.int64)
+    guided[acted] = (scales != 1).long()
+    assert torch.equal(trajectory.forwards, trajectory.steps + guided.sum(1))
+    assert sum(counting.rows) == int(trajectory.forwards.sum())
+    revealed = torch.stack([trajectory.revealed(step).sum(1) for step in range(5)], 1)
+    remaining = 64 - (revealed.cumsum(1) - revealed)
+    expected = torch.zeros_like(revealed)
+    expected[acted] = counts
+    expected[:, -1] = 64  # the last step reveals all, whatever was chosen
+    assert torch.equal(revealed[acted], expected.minimum(remaining)[acted])
+    picked = emoji.pace(trajectory.pace_features[acted]).gather(1, trajectory.pace[acted][:, None]).squeeze(1)
+    assert torch.allclose(trajectory.pace_log_prob[acted], picked, atol=1e-5)
+    assert (trajectory.pace_log_prob[~acted] == 0).all()
+
+
+def test_adaptive_tokens_come_from_the_temperature_and_guidance_that_were_taken(emoji):
+    trajectory = sample(adaptive(emoji), PROMPTS * 2, ADAPTIVE, seed=1)
+    cond, free = emoji.encode(PROMPTS * 2), emoji.null(12)
+    for step in range(5):
+        info, state = StepInfo(step, 5), trajectory.state(step)
+        with torch.no_grad():
+            prompted, unprompted = emoji.logits(state, cond, info), emoji.logits(state, free, info)
+        for row in (trajectory.steps > step).nonzero().flatten().tolist():
+            _, temperature, scale = (float(part) for part in emoji.pace.decode(trajectory.pace[row, step], 64))
+            mixed = (unprompted[row] + scale * (prompted[row] - unprompted[row])) / temperature
+            chosen = mixed.log_softmax(-1).gather(1, trajectory.tokens[row][:, None]).squeeze(1)
+            shown = trajectory.revealed(step)[row]
+            assert torch.allclose(trajectory.log_prob[row][shown], chosen[shown], atol=2e-4)
+
+
+def test_an_adaptive_sample_is_the_same_in_any_batch(emoji):
+    whole = sample(adaptive(emoji), PROMPTS, ADAPTIVE, seed=4)
+    alone = sample(emoji, ["a star left of a pig"], ADAPTIVE, seed=4)
+    for name in ("tokens", "reveal_step", "steps", "forwards", "pace"):
+        assert torch.equal(getattr(alone, name), getattr(whole, name)[3:4]), name
+
+
+def test_an_adaptive_head_that_changes_nothing_but_the_count_is_a_paced_one(emoji):
+    with torch.no_grad():
+        emoji.pace.layers[2].bias[3] = 5.0
+    greedy = SamplerConfig(steps=6, schedule="paced", greedy_pace=True)
+    paced = sample(emoji, PROMPTS, greedy)
+    same = sample(adaptive(emoji, (3, 3, 0)), PROMPTS, replace(greedy, schedule="adaptive"))
+    assert torch.equal(same.tokens, paced.tokens) and torch.equal(same.forwards, paced.forwards)
+    guided = sample(adaptive(emoji, (3, 0, 2)), PROMPTS, replace(greedy, schedule="adaptive"))
+    assert guided.forwards.tolist() == [12] * 6 and not torch.equal(guided.tokens, paced.tokens)
+    fixed = SamplerConfig(steps=6, schedule="paced", greedy_pace=True, guidance_scale=3.0, temperature=0.5)
+    emoji.pace = head_for("paced", 0)
+    with torch.no_grad():
+        emoji.pace.layers[2].bias[3] = 5.0
+    assert torch.equal(sample(emoji, PROMPTS, fixed).tokens, guided.tokens)
+
+
+def test_start_noise_is_what_an_adaptive_first_step_sees(emoji):
+    trajectory = sample(adaptive(emoji), PROMPTS, replace(ADAPTIVE, start_noise=0.5))
+    assert trajectory.start is not None and (trajectory.tokens >= 0).all()
+    plain = sample(emoji, PROMPTS, ADAPTIVE)
+    assert not torch.equal(trajectory.pace_features[:, 0], plain.pace_features[:, 0])
+
+
+@pytest.mark.parametrize("schedule, made_for", [("paced", "adaptive"), ("adaptive", "paced")])
+def test_a_head_made_for_another_schedule_is_refused(emoji, schedule, made_for):
+    emoji.pace = head_for(made_for, 0)
+    words = f"schedule='{schedule}' does not fit .* made for '{made_for}'; .* set generator.pace = None"
+    with pytest.raises(ValueError, match=words) as error:
+        sample(emoji, ["a dog"], SamplerConfig(schedule=schedule))
+    assert "\n" not in str(error.value)
 
 
 def test_unreadable_and_missing_prompts_are_refused(emoji):

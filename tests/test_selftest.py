@@ -20,16 +20,20 @@ CONFIG = TrainConfig(
     sampler=SamplerConfig(steps=2), num_groups=3, group_size=4, learning_rate=0.02,
     quality_weights={"twos": 1.0},
 )  # fmt: skip
+FROZEN = replace(CONFIG, sampler=SamplerConfig(steps=3, schedule="adaptive"), trained="schedule", speed_weight=0.2)
 PACED = replace(CONFIG, sampler=SamplerConfig(steps=4, schedule="paced"), speed_weight=0.2)
 
 
-@pytest.mark.parametrize("config", [CONFIG, PACED, replace(CONFIG, kl_estimator="k1"), replace(CONFIG, inner_epochs=3)])
+K1, EPOCHS = replace(CONFIG, kl_estimator="k1"), replace(CONFIG, inner_epochs=3)
+
+
+@pytest.mark.parametrize("config", [CONFIG, PACED, K1, EPOCHS, FROZEN, replace(FROZEN, trained="policy")])
 def test_a_healthy_generator_passes_untouched(toy, config):
     generator = toy()
     before = weights_of(generator)
     table = selftest.selftest(generator, config, PROMPTS, REWARDS)
     assert list(table.columns) == ["name", "value", "passed"] and table.passed.all()
-    assert len(table) == (9 if config is PACED else 8)
+    assert len(table) == (9 if config.speed_weight else 8)
     assert torch.equal(weights_of(generator), before) and generator.pace is None
 
 
@@ -76,6 +80,22 @@ def test_a_wrong_reference_is_caught(toy, monkeypatch):
     assert "KL is 0 at the start" in failure(toy())
 
 
+def test_a_frozen_network_that_moves_is_caught(toy, monkeypatch):
+    class Leaking(rl.Learner):
+        def update(self, drawn, advantages):
+            with torch.no_grad():
+                next(self.generator.policy.parameters()).add_(1e-3)
+            return super().update(drawn, advantages)
+
+    monkeypatch.setattr(selftest, "Learner", Leaking)
+    assert "the network stays as it is" in failure(toy(), FROZEN)
+
+
+def test_a_schedule_that_does_not_move_is_caught(toy, monkeypatch):
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+    assert "ratio is not 1 after an update" in failure(toy(), FROZEN)
+
+
 def test_a_policy_that_does_not_move_is_caught(toy, monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
     assert "KL is not 0 after an update" in failure(toy())
@@ -106,7 +126,7 @@ def test_a_pace_that_never_varies_is_caught(toy, monkeypatch):
     with torch.no_grad():
         generator.pace.layers[2].weight.zero_()
         generator.pace.layers[2].bias.copy_(torch.tensor([0.0, 0, 0, 0, 0, 0, 60]))
-    assert "steps vary, so that speed can act" in failure(generator, PACED)
+    assert "passes vary, so that speed can act" in failure(generator, PACED)
 
 
 def test_a_forgotten_optimizer_step_is_caught(toy, monkeypatch):

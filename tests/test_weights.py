@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from speedrl_lab import weights
 from speedrl_lab.generators.emoji import WEIGHTS
 from speedrl_lab.networks import Detector, MaskedTransformer, SmallClip, Tokenizer
-from speedrl_lab.pace import PaceHead
+from speedrl_lab.pace import FEATURES, PaceHead, head_for
 from speedrl_lab.weights import load_pace, load_weights, read_metadata, save_weights
 
 NETWORKS = {
@@ -128,3 +128,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, policy, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_weights(randomize(policy, 5), path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("schedule", ["paced", "adaptive"])
+def test_a_head_keeps_its_choices(tmp_path, policy, schedule):
+    head = randomize(head_for(schedule, 0), 3)
+    save_weights(policy, tmp_path / "p.safetensors", pace=head, dtype=torch.float32)
+    loaded = load_pace(tmp_path / "p.safetensors")
+    features = torch.randn(4, FEATURES, generator=torch.Generator().manual_seed(0))
+    assert loaded.config == head.config and loaded.adaptive == (schedule == "adaptive")
+    assert torch.equal(loaded(features), head(features))
+    for found, expected in zip(loaded.decode(torch.arange(7), 64), head.decode(torch.arange(7), 64), strict=True):
+        assert torch.equal(found, expected)

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from speedrl_lab import scenes
+from speedrl_lab import judges, scenes
 from speedrl_lab.generators.emoji import WEIGHTS, EmojiGenerator, load_emoji
 from speedrl_lab.networks import Detector, SmallClip
 from speedrl_lab.rewards import Reward
@@ -49,6 +49,26 @@ def detector_reward(device: torch.device | str = "cpu") -> Reward:
     def reward(images: Tensor, prompts: Sequence[str], trajectory: Trajectory) -> Tensor:
         wanted = scenes.wanted_counts(prompts).to(images.device)
         return (detector(images)[0].argmax(-1) == wanted).all(1).float()
+
+    return reward
+
+
+@lru_cache(maxsize=2)
+def load_referee(device: torch.device | str = "cpu") -> Detector:
+    """The committed referee: a detector that rewards, so that those that judge stay apart."""
+    return load_weights(WEIGHTS / "referee.safetensors", "Detector").to(device)
+
+
+def verified_reward(device: torch.device | str = "cpu") -> Reward:
+    """1.0 where the referee reads what the caption asks for: all counts, the relation, the named background.
+
+    Pictures that are right all get the same, so that nothing is gained by being right in one typical way.
+    """
+    referee = load_referee(device)
+
+    def reward(images: Tensor, prompts: Sequence[str], trajectory: Trajectory) -> Tensor:
+        found = judges.verdict(referee, images, prompts)
+        return torch.stack(list(found.values())).all(0).float().to(images.device)
 
     return reward
 
