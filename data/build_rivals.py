@@ -19,6 +19,7 @@ from tqdm import tqdm
 import speedrl_lab as lab
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.runs import ROOT, outputs_root
+from speedrl_lab.weights import load_pace, read_metadata, save_weights
 
 BUDGET = 120_000
 RL = {
@@ -99,7 +100,10 @@ def main() -> None:
             source = outputs_root() / "rivals" / f"{method}-0" / "policy.safetensors"
             kept = ROOT / "data" / "weights" / "rivals" / f"{method}.safetensors"
             kept.parent.mkdir(exist_ok=True)
-            shutil.copy(source, kept)
+            if METHODS[method].get("trained") == "schedule":  # the policy is the base
+                save_weights(load_pace(source), kept, read_metadata(source)["origin"])
+            else:
+                shutil.copy(source, kept)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from speedrl_lab.pace import PaceHead
 
 FORMAT = "speedrl_lab/1"
 _MODULES = {
-    cls.__name__: cls for cls in (networks.Tokenizer, networks.MaskedTransformer, networks.SmallClip, networks.Detector)
+    cls.__name__: cls
+    for cls in (networks.Tokenizer, networks.MaskedTransformer, networks.SmallClip, networks.Detector, PaceHead)
 }
 
 
@@ -81,8 +82,10 @@ def load_weights(path: Path | str, module: str) -> nn.Module:
 
 
 def load_pace(path: Path | str) -> PaceHead | None:
-    """The pace head stored beside a policy, or None where the file has none."""
+    """The pace head stored beside a policy, or alone in its file; None where the file has none."""
     metadata = read_metadata(path)
+    if metadata["module"] == "PaceHead":
+        return load_weights(path, "PaceHead")
     if "pace" not in metadata:
         return None
     head = PaceHead(**json.loads(metadata["pace"]))

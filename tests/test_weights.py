@@ -9,6 +9,7 @@ from conftest import randomize
 from safetensors.torch import load_file, save_file
 
 from speedrl_lab import weights
+from speedrl_lab.generators import load_generator
 from speedrl_lab.generators.emoji import WEIGHTS
 from speedrl_lab.networks import Detector, MaskedTransformer, SmallClip, Tokenizer
 from speedrl_lab.pace import FEATURES, PaceHead, head_for
@@ -140,3 +141,13 @@ def test_a_head_keeps_its_choices(tmp_path, policy, schedule):
     assert torch.equal(loaded(features), head(features))
     for found, expected in zip(loaded.decode(torch.arange(7), 64), head.decode(torch.arange(7), 64), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_a_head_alone_is_a_schedule_for_the_base(tmp_path):
+    head = PaceHead().reset(3)
+    save_weights(head, tmp_path / "head.safetensors", dtype=torch.float32)
+    generator = load_generator("emoji", "cpu", policy=tmp_path / "head.safetensors")
+    base = load_generator("emoji", "cpu")
+    pairs = zip(generator.policy.parameters(), base.policy.parameters(), strict=True)
+    assert all(torch.equal(left, right) for left, right in pairs) and base.pace is None
+    assert torch.equal(generator.pace.layers[0].weight, head.layers[0].weight)

@@ -10,7 +10,7 @@ from speedrl_lab import scenes
 from speedrl_lab.generators.captioned import CaptionedGenerator
 from speedrl_lab.networks import MaskedTransformer, Tokenizer
 from speedrl_lab.pace import PaceHead
-from speedrl_lab.weights import load_pace, load_weights
+from speedrl_lab.weights import load_pace, load_weights, read_metadata
 
 WEIGHTS = scenes.DATA / "weights"
 
@@ -36,8 +36,11 @@ class EmojiGenerator(CaptionedGenerator):
 
 
 def load_emoji(device: torch.device, policy: Path | str | None = None) -> EmojiGenerator:
-    """Read the committed weights; `policy` is a file written by `save_policy`."""
+    """Read the committed weights; `policy` is a file written by `save_policy`, or one with a pace head alone."""
     policy = policy or WEIGHTS / "generator.safetensors"
-    network, pace = load_weights(policy, "MaskedTransformer"), load_pace(policy)
+    pace = load_pace(policy)
+    if read_metadata(policy)["module"] == "PaceHead":  # a schedule for the frozen base
+        policy = WEIGHTS / "generator.safetensors"
+    network = load_weights(policy, "MaskedTransformer")
     tokenizer = load_weights(WEIGHTS / "tokenizer.safetensors", "Tokenizer")
     return EmojiGenerator(network.to(device), tokenizer.to(device), None if pace is None else pace.to(device))
