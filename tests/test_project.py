@@ -21,11 +21,11 @@ CONFIG = "speedrl_lab.config"
 
 # Imports go to the same or a lower layer; a package's files share the layer of its name.
 LAYERS = [
-    "config scenes prompts compositor canvas schedules trajectory advantage objective networks noise pace guard average",
-    "weights generator adapters events runs judges intervals cache plots estimator_plots page",
-    "generators rewards sampler parity pretrain widgets notebooks comparison trash report browser",
-    "likelihood enumeration lookup bakeoff learner student matching sdtt dimo evaluate judge_check search tradeoff films microscope",
-    "selftest rl distill whatif whatif_plots explorer",
+    "config presets scenes prompts compositor canvas schedules trajectory advantage objective networks noise pace guard average precision steering",
+    "weights generator adapters events runs judges distances intervals cache plots frontier_plots standings estimator_plots page",
+    "generators rewards sampler parity pretrain controls board_plots board widgets notebooks comparison trash report browser",
+    "likelihood planner reward_table enumeration lookup bakeoff learner student matching sdtt dimo evaluate judge_check search contenders gallery tradeoff films microscope",
+    "selftest rl distill examples whatif whatif_plots explorer frontier_explorer",
     "demo sweep __main__",
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}
