@@ -1,67 +1,171 @@
 """Models x budgets x seeds, judged by what no training saw: one row an image, then a table with intervals.
 
-The judges are those of EmojiScenes. Costs are reported as steps, forward passes and seconds, of the
-sampling loop alone and with the decoder; models take turns within a seed and budget, after a warm-up.
+The judges are those of EmojiScenes:
+
+| column | sees | does not see |
+|---|---|---|
+| `accuracy` | first detector: the counts of all 24 objects are exactly right | places, styles, smears |
+| `relation` | first detector: left and above in order, both objects once; else as `accuracy` | strays beside the two |
+| `color` | first detector: the background that the caption names; 1 where it names none | objects |
+| `accuracy2`, `relation2`, `color2` | the same by a second detector: other data order, width, augmentation | the same |
+| `clip` | cosine of picture and caption in the small CLIP, which is a reward too | fine detail |
+| `psnr` | dB to the nearest valid scene of the caption: everything that is not crisp and legal | variety |
+| `diversity` | distance of a prompt's two samples in features of the first detector | whether they are right |
+| `style_entropy`, `size_entropy`, `position_entropy`, `background_entropy` | whether a prompt's two samples \
+differ in what the caption leaves open (nats, nearest valid scenes; real scenes: `judge_real`); NaN where it does not \
+| whether they are right |
+| `kid`, `fd` | set: distance to real scenes in the first detector's last features | captions, noise, stray patches |
+| `kid2`, `fd2` | set: the same by the second detector, with which no model or sampler is chosen | the same |
+| `kid_surface`, `fd_surface` | set: in the second detector's first features: texture | captions, objects |
+
+How often each errs: `judge_check`. Samplers are searched with the first detector and PSNR, so that the columns of
+the second are the ones to believe where the two disagree.
+
+Costs are reported as steps, forward passes and seconds, of the sampling loop alone and with the decoder;
+models take turns within a seed and budget, after a warm-up.
 """
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from speedrl_lab import cache as kept
 from speedrl_lab import compositor, judges, noise, scenes
 from speedrl_lab.config import SamplerConfig
+from speedrl_lab.distances import DetectorFeatures, SurfaceFeatures, frechet_distance, kid
 from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.intervals import COSTS, METRICS, SET_METRICS
+from speedrl_lab.intervals import frontier as frontier
+from speedrl_lab.intervals import paired_difference as paired_difference
+from speedrl_lab.intervals import passes_at_quality as passes_at_quality
+from speedrl_lab.networks import Detector, SmallClip
 from speedrl_lab.rewards.embedded import load_clip, load_detector
 from speedrl_lab.sampler import sample
 
 SAMPLES_PER_PROMPT = 2
 """Two samples of each prompt and seed: the fewest that show diversity."""
+FOLDER = "evaluation"
 BATCH_SIZE = 128
-METRICS = ("accuracy", "color", "relation", "clip", "psnr", "diversity")
-SET_METRICS = ("kid", "fd")
-COSTS = ("steps", "forwards", "seconds_loop", "seconds_total")
 Samplers = Mapping[str, SamplerConfig | Mapping[int, SamplerConfig]]
+Models = Mapping[str, MaskedGenerator | Sequence[MaskedGenerator]]
+SCORES = ("prompt", "kind", "sample", *COSTS, *METRICS, *SET_METRICS)
+"""What one set of samples is measured by: the columns that are cached."""
+DECIDING = (
+    "compositor", "distances", "evaluate", "judges", "networks", "noise", "pace", "sampler", "scenes", "schedules",
+)  # fmt: skip
+CODE = kept.sources(*DECIDING)
+"""What samples and judges, read when it is imported: an edited judge or sampler finds none of the old results."""
+
+
+@dataclass(frozen=True)
+class Jury:
+    """The networks that judge; all were trained on real scenes alone."""
+
+    detector: Detector
+    second: Detector
+    clip: SmallClip
+
+
+def load_jury(device: torch.device | str = "cpu") -> Jury:
+    """The committed judges."""
+    return Jury(load_detector(device), judges.load_second_detector(device), load_clip(device))
 
 
 def score_samples(
-    generators: Mapping[str, MaskedGenerator],
+    generators: Models,
     prompts: Sequence[str],
     budgets: Sequence[int] = (1, 2, 4, 8),
     seeds: int = 3,
     samplers: Samplers | None = None,
+    cache: bool = True,
 ) -> pd.DataFrame:
     """Sample every model at every budget and judge each picture: a frame with one row an image.
 
-    `samplers` gives a model's settings, one for all budgets (its `steps` becomes the budget) or one a
-    budget, taken as it is, so that a budget may also count passes; models without an entry take Halton
-    order, cosine schedule, no guidance. `sample` numbers the samples of a prompt. `kid` and `fd` compare
-    the set of a seed with as many real scenes of the same kinds.
+    A model is one generator, or a list of the same model trained with several seeds; `training_seed`
+    numbers them. `samplers` gives a model's settings, one for all budgets (its `steps` becomes the budget)
+    or one a budget, taken as it is, so that a budget may also count passes; models without an entry take
+    Halton order, cosine schedule, no guidance. `sample` numbers the samples of a prompt. Judges of sets
+    compare the set of a seed with as many real scenes of the same kinds.
+
+    With `cache`, the scores of each model, budget and seed are kept in outputs/cache/evaluation under the
+    hash of all that they depend on (see `set_key`), and are read instead of measured where they are known:
+    rows with `cached`. Their seconds were measured in another run, perhaps beside another load; compare
+    seconds with `cache=False`, which reads and writes nothing and lets models take turns in one process.
     """
     if not generators or not len(budgets) or seeds < 1:
         raise ValueError("nothing to evaluate: expected at least one generator, one budget and one seed")
     scenes.encode_captions(prompts)  # an unreadable prompt fails before the first sample
     settings = {(name, budget): _sampler(samplers or {}, name, budget) for name in generators for budget in budgets}
-    first = next(iter(generators.values()))
-    detector, clip = load_detector(first.device), load_clip(first.device)
+    trained = {
+        (name, index): generator
+        for name, given in generators.items()
+        for index, generator in enumerate(given if isinstance(given, Sequence) else [given])
+    }
+    if missing := generators.keys() - {name for name, _ in trained}:
+        raise ValueError(f"no generator given for {sorted(missing)[0]!r}; expected one, or one a training seed")
+    jury = load_jury(next(iter(trained.values())).device)
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
-    frames = []
-    with tqdm(total=len(settings) * seeds, desc="evaluate", unit="set") as progress:
-        for name, generator in generators.items():
-            sample(generator, list(prompts[:2]), settings[name, budgets[0]])  # warm-up
+    hashes = {model: _fingerprint(generator) if cache else None for model, generator in trained.items()}
+    shared = _fingerprint(jury) if cache else None
+    frames, warm = [], set()
+    with tqdm(total=len(trained) * len(budgets) * seeds, desc="evaluate", unit="set") as progress:
         for seed in range(seeds):
-            real = real_pictures(repeated, seed)
             for budget in budgets:
-                for name, generator in generators.items():
-                    images, costs = draw_pictures(generator, repeated, settings[name, budget], seed)
-                    scores = judge(images, repeated, real, detector, clip)
-                    frames.append(pd.DataFrame({"model": name, "budget": budget, "seed": seed, **costs, **scores}))
+                for (name, index), generator in trained.items():
+                    sampler, own = settings[name, budget], hashes[name, index]
+                    key = None if own is None else set_key(own, shared, sampler, repeated, seed, generator.device)
+                    scores = None if key is None else kept.load(FOLDER, key, SCORES, len(repeated))
+                    known = scores is not None
+                    if not known:
+                        if (name, index) not in warm:
+                            sample(generator, list(prompts[:2]), sampler)  # warm-up
+                            warm.add((name, index))
+                        scores = score_set(generator, repeated, sampler, seed, jury)
+                        if key is not None:
+                            kept.store(FOLDER, key, scores)
+                    labels = {"model": name, "budget": budget, "seed": seed, "training_seed": index, "cached": known}
+                    frames.append(scores.assign(**labels)[[*labels, *SCORES]])
                     progress.update()
     return pd.concat(frames, ignore_index=True)
+
+
+def set_key(
+    generator: str, jury: str, sampler: SamplerConfig, prompts: Sequence[str], seed: int, device: torch.device
+) -> str:
+    """The name of a cached set: the hash of everything that its scores depend on.
+
+    Fingerprints of the generator (all weights of policy, pace head and tokenizer, and the code of its class)
+    and of the judges' weights; sampler settings, every prompt, the seed; the sprites, the code that samples
+    and judges (CODE), torch's version, its float32 precision, and the kind of device.
+    """
+    surroundings = [torch.__version__, torch.get_float32_matmul_precision(), device.type]
+    pictures = compositor.sprites(compositor.LARGE)
+    return kept.fingerprint(generator, jury, sampler, list(prompts), seed, CODE, pictures, surroundings)
+
+
+def _fingerprint(value: MaskedGenerator | Jury) -> str | None:
+    """The fingerprint of networks; None, with a warning, for a generator that cannot have one."""
+    try:
+        return kept.fingerprint(value)
+    except TypeError as error:
+        warnings.warn(f"{type(value).__name__}: {error}; its scores are not cached", stacklevel=3)
+        return None
+
+
+def score_set(
+    generator: MaskedGenerator, prompts: Sequence[str], sampler: SamplerConfig, seed: int, jury: Jury
+) -> pd.DataFrame:
+    """Costs and judges of one set of samples, one row an image: the columns SCORES."""
+    images, costs = draw_pictures(generator, prompts, sampler, seed)
+    scores = judge(images, prompts, real_pictures(prompts, seed), jury)
+    table = pd.DataFrame({**costs, **scores})
+    return pd.DataFrame({name: table[name].tolist() for name in SCORES})  # plain values, as a cached one holds
 
 
 def _sampler(samplers: Samplers, name: str, budget: int) -> SamplerConfig:
@@ -121,33 +225,36 @@ def draw_pictures(
 
 @torch.no_grad()
 def judge(
-    images: torch.Tensor,
-    prompts: Sequence[str],
-    real: torch.Tensor,
-    detector: torch.nn.Module,
-    clip: torch.nn.Module,
+    images: torch.Tensor, prompts: Sequence[str], real: torch.Tensor, jury: Jury
 ) -> dict[str, np.ndarray | float | list]:
     """All judges on images (B, 3, 32, 32) in [0, 1], SAMPLES_PER_PROMPT of each prompt in a row."""
-    device = next(detector.parameters()).device
-    moved = images.to(device)
-    verdict = judges.verdict(detector, moved, prompts)
+    device = next(jury.detector.parameters()).device
+    moved, group = images.to(device), SAMPLES_PER_PROMPT
     words = scenes.encode_captions(prompts).to(device)
-    group = SAMPLES_PER_PROMPT
-    distances = judges.diversity(detector.features(moved), group)
-    subset = min(100, len(images) // 2)
-    return {
+    nearest = judges.nearest_scene(images, prompts)
+    by_prompt = {"diversity": judges.diversity(jury.detector.features(moved), group)}
+    by_prompt |= {f"{name}_entropy": v for name, v in judges.layout_entropies(nearest, prompts, group).items()}
+    scores: dict[str, np.ndarray | float | list] = {
         "prompt": list(prompts),
         "kind": [scenes.parse_caption(prompt).kind for prompt in prompts],
         "sample": noise.occurrences(prompts),
-        "accuracy": verdict["counts"].float().cpu().numpy(),
-        "color": verdict["color"].float().cpu().numpy(),
-        "relation": verdict["relation"].float().cpu().numpy(),
-        "clip": (clip.encode_image(moved) * clip.encode_text(words)).sum(1).cpu().numpy(),
-        "psnr": judges.nearest_scene(images, prompts).psnr.numpy(),
-        "diversity": distances.repeat_interleave(group).cpu().numpy(),
-        "kid": judges.kid(detector, real.to(device), moved, subset_size=subset, subsets=20, seed=0)[0],
-        "fd": judges.frechet_distance(detector, real.to(device), moved),
+        "clip": (jury.clip.encode_image(moved) * jury.clip.encode_text(words)).sum(1).cpu().numpy(),
+        "psnr": nearest.psnr.numpy(),
+        **{name: values.repeat_interleave(group).cpu().numpy() for name, values in by_prompt.items()},
     }
+    for detector, end in ((jury.detector, ""), (jury.second, "2")):
+        verdict = judges.verdict(detector, moved, prompts)
+        for name, answer in (("accuracy", "counts"), ("color", "color"), ("relation", "relation")):
+            scores[name + end] = verdict[answer].float().numpy()
+    subset, first, second = min(100, len(images) // 2), jury.detector, jury.second
+    for features, end in (
+        (DetectorFeatures(first), ""),
+        (DetectorFeatures(second), "2"),
+        (SurfaceFeatures(second), "_surface"),
+    ):
+        scores["kid" + end] = kid(features, real.to(device), moved, subset, subsets=20, seed=0)[0]
+        scores["fd" + end] = frechet_distance(features, real.to(device), moved)
+    return scores
 
 
 def real_pictures(prompts: Sequence[str], seed: int) -> torch.Tensor:
@@ -163,92 +270,23 @@ def judge_real(prompts: Sequence[str], seed: int = 0, reconstruct: MaskedGenerat
     images = compositor.paint(scenes.draw_layouts([scenes.parse_caption(prompt) for prompt in repeated], rng))
     if reconstruct is not None:
         images = reconstruct.decode(reconstruct.tokenize(images)).cpu()
-    scores = judge(images, repeated, real_pictures(repeated, seed), load_detector(), load_clip())
+    scores = judge(images, repeated, real_pictures(repeated, seed), load_jury())
     return pd.DataFrame(scores)[[*METRICS, *SET_METRICS]].mean()
 
 
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a model, budget and seed: means of costs and judges."""
+    """One row a model, budget and seed (and training seed, where there are several): means of costs and judges."""
     columns = [*COSTS, *METRICS, *SET_METRICS]
-    return frame.groupby(["model", "budget", "seed"], sort=False)[columns].mean().reset_index()
+    return frame.groupby(["model", "budget", "training_seed", "seed"], sort=False)[columns].mean().reset_index()
 
 
 def evaluate(
-    generators: Mapping[str, MaskedGenerator],
+    generators: Models,
     prompts: Sequence[str],
     budgets: Sequence[int] = (1, 2, 4, 8),
     seeds: int = 3,
     samplers: Samplers | None = None,
+    cache: bool = True,
 ) -> pd.DataFrame:
     """`score_samples`, summarized: one row a model, budget and seed."""
-    return summarize(score_samples(generators, prompts, budgets, seeds, samplers))
-
-
-def frontier(frame: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
-    """One row a model and budget with 95% intervals, from the frame of `score_samples`.
-
-    Intervals are percentiles of a bootstrap over prompts (samples and seeds of a prompt stay together);
-    for `kid` and `fd`, which belong to a set, two standard errors over the seeds.
-    """
-    rng = np.random.default_rng(0)
-    rows = []
-    for (model, budget), part in frame.groupby(["model", "budget"], sort=False):
-        by_prompt = part.groupby("prompt")[list(METRICS)].mean().to_numpy()  # (P, M)
-        weights = rng.multinomial(len(by_prompt), np.full(len(by_prompt), 1 / len(by_prompt)), draws)
-        means = weights @ by_prompt / len(by_prompt)  # (draws, M)
-        low, high = np.quantile(means, [0.025, 0.975], axis=0)
-        row = {"model": model, "budget": budget, **part[list(COSTS)].mean().to_dict()}
-        for index, metric in enumerate(METRICS):
-            row |= {metric: by_prompt[:, index].mean(), f"{metric}_low": low[index], f"{metric}_high": high[index]}
-        sets = part.groupby("seed")[list(SET_METRICS)].mean()
-        error = 2 * sets.std() / max(1, len(sets)) ** 0.5 if len(sets) > 1 else sets.std().fillna(np.nan)
-        for metric in SET_METRICS:
-            center = sets[metric].mean()
-            row |= {metric: center, f"{metric}_low": center - error[metric], f"{metric}_high": center + error[metric]}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def paired_difference(
-    frame: pd.DataFrame, left: tuple[str, int], right: tuple[str, int], metric: str, draws: int = 1000
-) -> tuple[float, float, float]:
-    """Mean of (left - right) for two (model, budget) on the same prompts, with its 95% interval."""
-    means = [
-        frame[(frame.model == model) & (frame.budget == budget)].groupby("prompt")[metric].mean()
-        for model, budget in (left, right)
-    ]
-    difference = (means[0] - means[1]).dropna().to_numpy()
-    if len(difference) == 0:
-        raise ValueError(f"{left} and {right} share no prompts in this frame")
-    rng = np.random.default_rng(0)
-    draw = rng.choice(difference, (draws, len(difference))).mean(1)
-    low, high = np.quantile(draw, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
-
-
-def passes_at_quality(table: pd.DataFrame, metric: str = "accuracy", baseline: str = "base") -> pd.DataFrame:
-    """For each budget of the baseline, the fewest passes with which another model is not worse.
-
-    From the table of `frontier`. Not worse: the other's mean is at least the baseline's mean (at most,
-    for kid and fd). `passes` and `ratio` are NaN where no budget gets there.
-    """
-    sign = -1 if metric in SET_METRICS else 1
-    rows = []
-    base = table[table.model == baseline]
-    if base.empty:
-        raise ValueError(f"baseline {baseline!r} is not in the table; models: {sorted(table.model.unique())}")
-    for _, point in base.iterrows():
-        for model, part in table[table.model != baseline].groupby("model", sort=False):
-            enough = part[sign * part[metric] >= sign * point[metric]]
-            passes = enough.forwards.min() if len(enough) else np.nan
-            rows.append(
-                {
-                    "baseline_budget": point.budget,
-                    "baseline_passes": point.forwards,
-                    metric: point[metric],
-                    "model": model,
-                    "passes": passes,
-                    "ratio": point.forwards / passes,
-                }
-            )
-    return pd.DataFrame(rows)
+    return summarize(score_samples(generators, prompts, budgets, seeds, samplers, cache))

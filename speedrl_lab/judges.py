@@ -1,21 +1,22 @@
 """Judges of EmojiScenes pictures that no training ever sees.
 
 The nearest valid scene says whether a picture is crisp and legal, the detector's verdict whether it
-shows what the caption asks for, KID and the Frechet distance how far a set of pictures is from real
-ones, diversity and layout entropy how much of what the caption leaves open is still used.
+shows what the caption asks for, diversity and layout entropy how much of what the caption leaves open is
+still used. Distances between sets of pictures: `distances`.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from speedrl_lab.compositor import COLORS, IMAGE_SIZE, LARGE, OBJECTS, SMALL, STRIDE, sprites
 from speedrl_lab.networks import Detector
-from speedrl_lab.scenes import Scene, parse_caption
+from speedrl_lab.scenes import DATA, Scene, parse_caption
+from speedrl_lab.weights import load_weights
 
 CHUNK = 64  # rows searched at once, to bound the memory
 BATCH = 256  # pictures read by the detector at once
@@ -159,32 +160,40 @@ def _check_groups(count: int, group_size: int) -> None:
         raise ValueError(f"group_size {group_size} for {count} rows; it must divide them and be at least 2")
 
 
-def layout_entropy(nearest: NearestScene, prompts: Sequence[str], group_size: int) -> dict[str, float]:
-    """Mean entropy within a group, in nats, of each thing that the captions leave open.
+def layout_entropies(nearest: NearestScene, prompts: Sequence[str], group_size: int) -> dict[str, Tensor]:
+    """Entropy within each group, in nats, of each thing that the captions leave open: float64 (P,) each.
 
     Keys: style and position (of a sprite, averaged over the caption's sprites), size (captions of one
-    object), background (where unnamed); NaN if no caption leaves it open. `prompts` has one entry a
-    row, rows are group-major. The entropy of a group is at most log(group_size).
+    object), background (where unnamed); NaN where the caption does not leave it open. `prompts` has one
+    entry a row, rows are group-major. At most log(group_size); for two samples, log 2 times whether they
+    differ, so that its mean over groups does not depend on how many were drawn.
     """
     parsed = _parse(prompts, len(nearest.psnr))
     _check_groups(len(parsed), group_size)
     if any(parsed[row] != parsed[row - row % group_size] for row in range(len(parsed))):
         raise ValueError(f"prompts change inside a group; repeat each prompt group_size={group_size} times")
     single = torch.tensor([scene.kind == "one" for scene in parsed[::group_size]])  # (P,)
-    unnamed = torch.tensor([scene.background is None for scene in parsed[::group_size]])
+    named = torch.tensor([scene.background is not None for scene in parsed[::group_size]])
+
+    def within(values: Tensor) -> Tensor:
+        return _entropy(values.unflatten(0, (-1, group_size)))
 
     def per_sprite(values: Tensor) -> Tensor:
-        first, second = (_entropy(values[:, slot].unflatten(0, (-1, group_size))) for slot in range(2))
+        first, second = (within(values[:, slot]) for slot in range(2))
         return torch.where(single, first, (first + second) / 2)
 
-    size = _entropy(nearest.sizes.unflatten(0, (-1, group_size)))
-    background = _entropy(nearest.backgrounds.unflatten(0, (-1, group_size)))
     return {
-        "style": per_sprite(nearest.styles).mean().item(),
-        "size": size[single].mean().item(),
-        "position": per_sprite(nearest.tops * IMAGE_SIZE + nearest.lefts).mean().item(),
-        "background": background[unnamed].mean().item(),
+        "style": per_sprite(nearest.styles),
+        "size": within(nearest.sizes).masked_fill(~single, torch.nan),
+        "position": per_sprite(nearest.tops * IMAGE_SIZE + nearest.lefts),
+        "background": within(nearest.backgrounds).masked_fill(named, torch.nan),
     }
+
+
+def layout_entropy(nearest: NearestScene, prompts: Sequence[str], group_size: int) -> dict[str, float]:
+    """Means over the groups of `layout_entropies`; NaN if no caption leaves a thing open."""
+    found = layout_entropies(nearest, prompts, group_size)
+    return {name: values.nanmean().item() for name, values in found.items()}
 
 
 def _entropy(values: Tensor) -> Tensor:
@@ -193,60 +202,10 @@ def _entropy(values: Tensor) -> Tensor:
     return -share.log().mean(1)
 
 
-class DetectorFeatures(nn.Module):
-    """The detector's penultimate features, scaled to mean square 1 a picture, for torchmetrics."""
-
-    def __init__(self, detector: Detector):
-        super().__init__()
-        self.detector = detector
-        self.num_features = detector.config["features"]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return functional.normalize(self.detector.features(images)) * self.num_features**0.5  # (B, F)
-
-
-def kid(
-    detector: Detector, real: Tensor, generated: Tensor, subset_size: int, subsets: int, seed: int
-) -> tuple[float, float]:
-    """Kernel inception distance (arXiv 1801.01401) on detector features: mean and std over subsets.
-
-    Images are float (B, 3, 32, 32) in [0, 1]. Raises ValueError if `subset_size` exceeds a set.
-    """
-    from torchmetrics.image.kid import KernelInceptionDistance
-
-    if not 1 < subset_size <= min(len(real), len(generated)):
-        raise ValueError(
-            f"subset_size {subset_size} with {len(real)} real and {len(generated)} generated images; "
-            f"use 2 to {min(len(real), len(generated))}"
-        )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")
-        metric = KernelInceptionDistance(DetectorFeatures(detector), subsets=subsets, subset_size=subset_size)
-    _feed(metric, detector, real, generated)
-    with torch.random.fork_rng(devices=[]):  # subsets are drawn from the global CPU generator
-        torch.default_generator.manual_seed(seed)
-        mean, std = metric.compute()
-    return mean.item(), std.item()
-
-
-def frechet_distance(detector: Detector, real: Tensor, generated: Tensor) -> float:
-    """Frechet distance (arXiv 1706.08500) on detector features; images (B, 3, 32, 32) in [0, 1].
-
-    Not FID: the features are our detector's. Biased upwards for small sets: compare equal sizes only.
-    """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    metric = FrechetInceptionDistance(DetectorFeatures(detector))
-    _feed(metric, detector, real, generated)
-    return metric.compute().item()
-
-
-def _feed(metric: nn.Module, detector: Detector, real: Tensor, generated: Tensor) -> None:
-    device = next(detector.parameters()).device
-    metric.to(device)
-    for images, is_real in ((real, True), (generated, False)):
-        for batch in images.split(BATCH):
-            metric.update(batch.to(device), real=is_real)
+@lru_cache(maxsize=2)
+def load_second_detector(device: torch.device | str = "cpu") -> Detector:
+    """The committed second detector: other data order, width and augmentation than the first, in no reward."""
+    return load_weights(DATA / "weights" / "detector2.safetensors", "Detector").to(device)
 
 
 @torch.no_grad()

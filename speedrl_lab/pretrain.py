@@ -144,6 +144,41 @@ def _read_checkpoint(path: Path, device: torch.device) -> dict:
     return state
 
 
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+"""Images (B, 3, H, W) in [0, 1] and a generator to images of the same shape."""
+
+
+def degrade(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Noise, blur and contrast of random strength, so that a judge does not hang on single pixels."""
+    rows = len(images)
+    level = torch.rand(rows, 3, 1, 1, generator=rng)
+    noisy = images + 0.06 * level[:, :1] * torch.randn(images.shape, generator=rng)
+    blurred = functional.avg_pool2d(functional.pad(noisy, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    mixed = noisy.lerp(blurred, 0.6 * level[:, 1:2])
+    return (mixed + 0.08 * (level[:, 2:] - 0.5)).clamp(0, 1)
+
+
+def displace(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Colour jitter, a shift of up to 2 pixels and a cut-out square: nothing that `degrade` does.
+
+    The answers stay as they are: centres move by less than any relation turns on.
+    """
+    rows, _, height, width = images.shape
+    gain = 1 + 0.2 * (torch.rand(rows, 3, 1, 1, generator=rng) - 0.5)
+    offset = 0.1 * (torch.rand(rows, 3, 1, 1, generator=rng) - 0.5)
+    jittered = images * gain + offset
+    down, right = torch.randint(5, (2, rows), generator=rng)
+    padded = functional.pad(jittered, (2, 2, 2, 2), mode="replicate")  # (B, 3, H + 4, W + 4)
+    across = (right[:, None] + torch.arange(width))[:, None, None].expand(rows, 3, height + 4, width)
+    along = (down[:, None] + torch.arange(height))[:, None, :, None].expand(rows, 3, height, width)
+    shifted = padded.gather(3, across).gather(2, along)  # (B, 3, H, W)
+    most = torch.tensor([8, height, width]).view(3, 1, 1, 1, 1)
+    side, top, left = (torch.rand(3, rows, 1, 1, 1, generator=rng) * most).long()  # (B, 1, 1, 1) each
+    ys, xs = torch.arange(height).view(1, 1, -1, 1), torch.arange(width).view(1, 1, 1, -1)
+    square = (ys >= top) & (ys < top + side) & (xs >= left) & (xs < left + side)  # (B, 1, H, W)
+    return torch.where(square, torch.rand(rows, 3, 1, 1, generator=rng), shifted).clamp(0, 1)
+
+
 def train_tokenizer(
     tokenizer: Tokenizer, iterations: int, batch_size: int, checkpoint: Path, device: torch.device, seed: int
 ) -> Iterator[dict[str, float]]:
@@ -171,7 +206,7 @@ def train_clip(
         wrong = [scenes.alter(scene, rng).caption for scene in drawn]
         captions = [scene.caption for scene in drawn] + wrong
         text = clip.encode_text(scenes.encode_captions(captions).to(device))  # (2B, F)
-        pictures = clip.encode_image(_augment(images, rng).to(device))  # (B, F)
+        pictures = clip.encode_image(degrade(images, rng).to(device))  # (B, F)
         scores = pictures @ text.T * clip.log_scale.exp().clamp(max=100)  # (B, 2B)
         target = torch.arange(batch_size, device=device)
         # Two rows of a batch may share a caption: that is no mistake, so it is no negative either.
@@ -187,16 +222,25 @@ def train_clip(
 
 
 def train_detector(
-    detector: Detector, iterations: int, batch_size: int, checkpoint: Path, device: torch.device, seed: int
+    detector: Detector,
+    iterations: int,
+    batch_size: int,
+    checkpoint: Path,
+    device: torch.device,
+    seed: int,
+    augment: Augmentation = degrade,
 ) -> Iterator[dict[str, float]]:
-    """Learn counts, background colour and centres from real scenes; records exact-count `accuracy`."""
+    """Learn counts, background colour and centres from real scenes; records exact-count `accuracy`.
+
+    Two judges that shall err independently take different seeds, widths and augmentations.
+    """
 
     def loss(iteration: int) -> tuple[Tensor, dict[str, float]]:
         _, layout, images = scenes.draw_batch(batch_size, "train", seed + iteration)
         rng = torch.Generator().manual_seed(seed + iteration)
         counts, centers = scenes.answers(layout)
         counts, centers = counts.to(device), centers.to(device)
-        predicted, colors, places = detector(_augment(images, rng).to(device))
+        predicted, colors, places = detector(augment(images, rng).to(device))
         value = functional.cross_entropy(predicted.flatten(0, 1).float(), counts.flatten()) * 10
         value = value + 0.3 * functional.cross_entropy(colors.float(), layout.backgrounds.to(device))
         single = (counts == 1).float()[..., None]
@@ -205,16 +249,6 @@ def train_detector(
         return value, {"accuracy": float(right)}
 
     return _fit(detector, loss, iterations, 1e-3, checkpoint, device)
-
-
-def _augment(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Noise, blur and contrast of random strength, so that a judge does not hang on single pixels."""
-    rows = len(images)
-    level = torch.rand(rows, 3, 1, 1, generator=rng)
-    noisy = images + 0.06 * level[:, :1] * torch.randn(images.shape, generator=rng)
-    blurred = functional.avg_pool2d(functional.pad(noisy, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    mixed = noisy.lerp(blurred, 0.6 * level[:, 1:2])
-    return (mixed + 0.08 * (level[:, 2:] - 0.5)).clamp(0, 1)
 
 
 def train_generator(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from speedrl_lab import compositor, judges, scenes
+from speedrl_lab import compositor, distances, judges, scenes
 from speedrl_lab.networks import Detector
+from speedrl_lab.rewards.embedded import load_detector
 
 CAPTIONS = [
     "a dog",
@@ -163,6 +164,17 @@ def test_layout_entropy_counts_what_is_left_open():
     assert entropy["background"] == pytest.approx(math.log(4))
 
 
+def test_two_samples_differ_or_do_not():
+    same, other = ((0, 2), 16, (0, 0), (0, 16), 0), ((1, 2), 16, (0, 4), (0, 16), 1)
+    prompts = ["two dogs"] * 2 + ["two dogs on a white background"] * 2
+    found = judges.layout_entropies(nearest_of([same, other, same, same]), prompts, 2)
+    log2 = math.log(2)
+    assert found["style"].tolist() == pytest.approx([log2 / 2, 0])  # one of two sprites
+    assert found["position"].tolist() == pytest.approx([log2 / 2, 0])
+    assert found["size"].isnan().all() and found["background"].isnan().tolist() == [False, True]
+    assert found["background"][0].item() == pytest.approx(log2)
+
+
 def test_layout_entropy_is_nan_where_nothing_is_open_and_refuses_mixed_groups():
     row = ((0, 2), 16, (0, 0), (0, 16), 0)
     entropy = judges.layout_entropy(nearest_of([row] * 2), ["two dogs on a white background"] * 2, 2)
@@ -188,55 +200,80 @@ def small_detector() -> Detector:
 
 
 def test_kid_and_frechet_distance_see_a_difference():
-    detector = small_detector()
+    features = distances.DetectorFeatures(small_detector())
     real = scenes.draw_batch(48, "train", seed=0)[2]
     other = scenes.draw_batch(48, "train", seed=1)[2]
     broken = other * 0.1
-    assert judges.frechet_distance(detector, real, real) == pytest.approx(0, abs=1e-4)
-    near, far = (judges.frechet_distance(detector, real, images) for images in (other, broken))
+    assert distances.frechet_distance(features, real, real) == pytest.approx(0, abs=1e-4)
+    near, far = (distances.frechet_distance(features, real, images) for images in (other, broken))
     assert far > 3 * near > 0
-    same, different = (judges.kid(detector, real, x, 24, subsets=5, seed=0)[0] for x in (other, broken))
+    same, different = (distances.kid(features, real, x, 24, subsets=5, seed=0)[0] for x in (other, broken))
     assert different > 3 * abs(same)
 
 
 def test_frechet_distance_matches_its_formula():
-    detector = small_detector()
+    features = distances.DetectorFeatures(small_detector())
     real, generated = (scenes.draw_batch(64, "train", seed=seed)[2] for seed in (0, 1))
     with torch.no_grad():
-        a, b = (judges.DetectorFeatures(detector)(images).double() for images in (real, generated * 0.7))
+        a, b = (features(images).double() for images in (real, generated * 0.7))
     product = a.T.cov() @ b.T.cov()
     trace = torch.linalg.eigvals(product).sqrt().real.sum()
     expected = (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * trace
-    found = judges.frechet_distance(detector, real, generated * 0.7)
+    found = distances.frechet_distance(features, real, generated * 0.7)
     assert found == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_kid_depends_on_its_seed_alone():
-    detector = small_detector()
+    features = distances.DetectorFeatures(small_detector())
     real, generated = (scenes.draw_batch(40, "train", seed=seed)[2] for seed in (0, 1))
     before = torch.get_rng_state()
-    first = judges.kid(detector, real, generated, subset_size=16, subsets=4, seed=5)
+    first = distances.kid(features, real, generated, subset_size=16, subsets=4, seed=5)
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(3)  # another global state
-    assert judges.kid(detector, real, generated, 16, 4, seed=5) == first
-    assert judges.kid(detector, real, generated, 16, 4, seed=6) != first
+    assert distances.kid(features, real, generated, 16, 4, seed=5) == first
+    assert distances.kid(features, real, generated, 16, 4, seed=6) != first
     assert first[1] > 0
 
 
 def test_kid_refuses_subsets_larger_than_a_set():
     images = torch.zeros(4, 3, 32, 32)
     with pytest.raises(ValueError, match="subset_size 5 with 8 real and 4 generated images; use 2 to 4"):
-        judges.kid(small_detector(), images.repeat(2, 1, 1, 1), images, 5, 1, 0)
+        distances.kid(distances.DetectorFeatures(small_detector()), images.repeat(2, 1, 1, 1), images, 5, 1, 0)
 
 
 def test_detector_features_are_the_detectors():
     detector = small_detector()
     images = scenes.draw_batch(3, "train", seed=0)[2]
-    features = judges.DetectorFeatures(detector)
+    features = distances.DetectorFeatures(detector)
     assert features.num_features == 12
     scaled, raw = features(images), detector.features(images)
     assert torch.allclose(scaled.square().mean(1), torch.ones(len(images)))
     assert torch.allclose(torch.cosine_similarity(scaled, raw), torch.ones(len(images)))
+
+
+def test_surface_features_see_noise_that_hardly_changes_content():
+    first = distances.SurfaceFeatures(small_detector())
+    images = scenes.draw_batch(48, "train", seed=0)[2]
+    assert first.num_features == 8 and first(images).shape == (48, 8)
+    assert torch.allclose(first(images).square().mean(1), torch.ones(48))
+    detector = judges.load_second_detector()
+    real, other = (scenes.draw_batch(64, "train", seed=seed)[2] for seed in (0, 1))
+    noisy = (other + 0.1 * torch.randn(other.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    surface, content = distances.SurfaceFeatures(detector), distances.DetectorFeatures(detector)
+    rise = [
+        distances.frechet_distance(features, real, noisy) / distances.frechet_distance(features, real, other)
+        for features in (surface, content)
+    ]
+    assert rise[0] > 2 and rise[1] < 1.5
+    assert distances.frechet_distance(surface, real, images.flip(3)) < distances.frechet_distance(surface, real, noisy)
+
+
+def test_the_second_detector_is_another_network_that_knows_real_scenes():
+    first, second = load_detector(), judges.load_second_detector()
+    assert first.config["widths"] != second.config["widths"] and first.config["features"] != second.config["features"]
+    drawn, _, images = scenes.draw_batch(512, "composition", seed=3)
+    verdict = judges.verdict(second, images, [scene.caption for scene in drawn])
+    assert all(answers.float().mean() >= 0.97 for answers in verdict.values())
 
 
 def test_true_answers_are_right():

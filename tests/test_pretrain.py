@@ -70,6 +70,43 @@ def test_the_detector_learns(tmp_path):
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
 
 
+@pytest.mark.parametrize("augment", [pretrain.degrade, pretrain.displace])
+def test_augmentations_are_seeded_and_keep_the_scene(augment):
+    images = scenes.draw_batch(64, "train", seed=0)[2]
+    first, again, other = (augment(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == images.shape and first.min() >= 0 and first.max() <= 1
+    change = (first - images).abs().mean((1, 2, 3))
+    assert (change > 0.003).all() and (change < 0.25).all()
+
+
+def test_displace_shifts_pixels_and_cuts_a_square():
+    """On a ramp without colour jitter the shift can be read off; what is no shift is one square."""
+    ramp = torch.linspace(0.2, 0.8, 32).expand(200, 3, 32, 32).clone()
+    moved = pretrain.displace(ramp, torch.Generator().manual_seed(0))
+    slopes = moved[:, 0, :, 1:] - moved[:, 0, :, :-1]
+    outside = (slopes > 0.01) & (slopes < 0.03)  # jitter scales the ramp's .0194 by at most a tenth
+    assert (outside.float().mean((1, 2)) > 0.6).all()
+    sizes = torch.tensor([[2, 5], [11, 14]])
+    marked = torch.zeros(300, 3, 32, 32)
+    marked[:, :, sizes[0, 0] : sizes[0, 1], sizes[1, 0] : sizes[1, 1]] = 1.0
+    bright = pretrain.displace(marked, torch.Generator().manual_seed(1))[:, 0] > 0.8
+    columns = [row.any(0).nonzero().min().item() for row in bright if row.sum() == 9]
+    assert set(columns) == {9, 10, 11, 12, 13}
+
+
+def test_the_augmentation_of_the_detector_can_be_chosen(tmp_path):
+    seen = []
+
+    def watch(images, rng):
+        seen.append(len(images))
+        return images
+
+    detector = made("detector")
+    list(pretrain.train_detector(detector, 2, 8, tmp_path / "checkpoint.pt", CPU, 0, augment=watch))
+    assert seen == [8, 8]
+
+
 def interrupted_after(monkeypatch, draws: int) -> None:
     """Let the drawing of a batch raise KeyboardInterrupt after so many batches."""
     true, left = scenes.draw_batch, [draws]
