@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK = "#7d7d7d"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's, safe for colour-blind eyes, that show on white and on black."""
 
 
 def wrapped(text: str, width: int) -> str:

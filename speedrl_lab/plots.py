@@ -12,34 +12,23 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from speedrl_lab import canvas
-from speedrl_lab.config import nearest
+from speedrl_lab.frontier_plots import AXES as AXES
+from speedrl_lab.frontier_plots import METRICS as METRICS
+from speedrl_lab.frontier_plots import frontier as frontier
+from speedrl_lab.frontier_plots import frontier_panels as frontier_panels
+from speedrl_lab.frontier_plots import frontier_print as frontier_print
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.trajectory import Trajectory
 
 States = Trajectory | Sequence[Mapping[str, Any]]
 """A trajectory, or the list of what `on_step` of the sampler received."""
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
-AXES = {
-    "forwards": "forward passes per image",
-    "seconds_loop": "seconds per image, sampling loop",
-    "seconds_total": "seconds per image, with decoding",
-}
-METRICS = {
-    "accuracy": "exact object counts (share of images)",
-    "clip": "CLIP cosine of picture and caption",
-    "psnr": "PSNR to the nearest valid scene (dB)",
-    "diversity": "diversity within a prompt (feature distance)",
-    "kid": "KID, detector features (lower is better)",
-    "fd": "Frechet distance, detector features (lower is better)",
-}
+COLORS = canvas.COLORS
 PANELS = {
     "steps": "steps per image",
     "kl": "KL (nats per token)",
@@ -205,105 +194,6 @@ def curves(records: pd.DataFrame | Sequence[Mapping[str, Any]]) -> Figure:
         canvas.label(axes, f"{title}: {smooth.iloc[-1]:.3g}", "iteration")
     figure.tight_layout()
     return figure
-
-
-def frontier(frame: pd.DataFrame, x: str = "forwards", metric: str = "accuracy") -> go.Figure:
-    """One quality against cost, a line a model, with 95% intervals as bands; both from `frame`.
-
-    Takes the output of `lab.frontier` (columns `<metric>_low`, `<metric>_high`), or of `lab.evaluate`
-    (one row a seed: the mean, and a bootstrap over the seeds). `x`: forwards, seconds_loop, seconds_total.
-    """
-    for name, known in ((x, AXES), (metric, METRICS)):
-        if name not in known or name not in frame:
-            usable = [option for option in known if option in frame]
-            raise ValueError(f"no {name!r} to plot; nearest: {nearest(name, usable or list(known))!r}")
-    table = with_intervals(frame)
-    figure = go.Figure()
-    for index, (model, rows) in enumerate(table.groupby("model", sort=False)):
-        rows = rows.sort_values(x)
-        color = COLORS[index % len(COLORS)]
-        band = pd.concat([rows, rows[::-1]])
-        edge = np.concatenate([rows[f"{metric}_high"], rows[f"{metric}_low"][::-1]])
-        rgb = ", ".join(str(int(color[start : start + 2], 16)) for start in (1, 3, 5))
-        figure.add_scatter(
-            x=band[x], y=edge, fill="toself", fillcolor=f"rgba({rgb}, 0.18)", line_width=0, mode="lines",
-            hoverinfo="skip", showlegend=False, legendgroup=model,
-        )  # fmt: skip
-        above, below = rows[f"{metric}_high"] - rows[metric], rows[metric] - rows[f"{metric}_low"]
-        bar = {"array": above, "arrayminus": below, "visible": len(rows) == 1}  # one point has no band
-        figure.add_scatter(
-            x=rows[x], y=rows[metric], error_y=bar, name=model, legendgroup=model, mode="lines+markers",
-            line={"color": color, "width": 2.5}, marker={"size": 9, "symbol": SYMBOLS[index % len(SYMBOLS)]},
-            text=[_hover(row) for row in rows.to_dict("records")], hovertemplate="%{text}<extra></extra>",
-        )  # fmt: skip
-    axis = {"gridcolor": "rgba(125, 125, 125, 0.25)", "linecolor": canvas.INK, "zeroline": False}
-    ticks = log_ticks(table[x].min(), table[x].max(), base=2 if x == "forwards" else 10)
-    figure.update_xaxes(type="log", title=AXES[x], tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], **axis)
-    figure.update_yaxes(title=METRICS[metric], **axis)
-    return figure.update_layout(
-        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": canvas.INK, "size": 13},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, height=430,
-        margin={"l": 70, "r": 20, "t": 50, "b": 60}, hoverlabel={"align": "left"},
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": canvas.INK},
-    )  # fmt: skip
-
-
-def frontier_print(
-    frame: pd.DataFrame, metrics: Sequence[str] = ("accuracy", "psnr", "diversity"), x: str = "forwards"
-) -> Figure:
-    """Several qualities against cost side by side, for print; takes what `frontier` takes."""
-    table = with_intervals(frame)
-    figure, panels = canvas.panels(len(metrics), len(metrics), 3.6, 3.0)
-    ticks = log_ticks(table[x].min(), table[x].max(), base=2 if x == "forwards" else 10)
-    for axes, metric in zip(panels, metrics, strict=True):
-        for index, (model, rows) in enumerate(table.groupby("model", sort=False)):
-            rows, color = rows.sort_values(x), COLORS[index % len(COLORS)]
-            low, high = rows[f"{metric}_low"], rows[f"{metric}_high"]
-            axes.fill_between(rows[x], low, high, color=color, alpha=0.18, linewidth=0)
-            axes.plot(rows[x], rows[metric], color=color, marker="osD^X*"[index % 6], label=model)
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
-        axes.set_xticks([], minor=True)
-        canvas.label(axes, METRICS[metric].split(" (")[0], AXES[x])
-    panels[0].legend(frameon=False, fontsize=8, labelcolor=canvas.INK)
-    figure.tight_layout()
-    return figure
-
-
-def with_intervals(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a model and budget with `<metric>_low` and `<metric>_high`; unchanged if they are there."""
-    if any(f"{metric}_low" in frame for metric in METRICS):
-        return frame
-    rng = np.random.default_rng(0)  # intervals must not change from one drawing to the next
-    rows = []
-    for (model, budget), seeds in frame.groupby(["model", "budget"], sort=False):
-        row = {"model": model, "budget": budget}
-        row |= {name: seeds[name].mean() for name in ("steps", *AXES) if name in seeds}
-        for metric in [metric for metric in METRICS if metric in seeds]:
-            values = seeds[metric].to_numpy(dtype=float)
-            means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
-            row |= {metric: values.mean()}
-            row |= {f"{metric}_low": np.quantile(means, 0.025), f"{metric}_high": np.quantile(means, 0.975)}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def log_ticks(low: float, high: float, base: int) -> list[float]:
-    """Round numbers that cover [low, high]: powers of 2, or 1, 2 and 5 times powers of 10."""
-    steps = (1,) if base == 2 else (1, 2, 5)
-    first, last = math.floor(math.log(low, base)), math.ceil(math.log(high, base))
-    ticks = [step * float(base) ** power for power in range(first, last + 1) for step in steps]
-    return [tick for tick in ticks if low / base <= tick <= high * base]
-
-
-def _hover(row: Mapping[str, Any]) -> str:
-    """All numbers of a point, one a line."""
-    lines = [f"<b>{row['model']}</b>, budget {row['budget']}"]
-    lines += [f"{name}: {row[name]:.4g}" for name in ("steps", *AXES) if name in row]
-    for name in METRICS:
-        if name in row:
-            lines.append(f"{name}: {row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]")
-    return "<br>".join(lines)
 
 
 def png(figure: Figure) -> bytes:

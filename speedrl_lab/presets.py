@@ -86,7 +86,7 @@ def _published() -> dict[str, RunConfig]:
     larger = replace(
         amused,
         preset="amused-512",
-        train=replace(amused.train, micro_batch_size=8, gradient_checkpointing=True),  # 1024 tokens
+        train=replace(amused.train, gradient_checkpointing=True),  # 1024 tokens
     )
     # Meissonic's pipeline: 48 steps, guidance 9, noise from 2 to 0; its scripts take 64 steps. MaskFocus trained it
     # with guidance 5, which leaves the samples of a prompt more different.

@@ -76,7 +76,8 @@ def load_weights(path: Path | str, module: str) -> nn.Module:
     metadata = read_metadata(path)
     if metadata["module"] != module:
         raise ValueError(f"{path} holds a {metadata['module']}, expected a {module}")
-    network = _MODULES[module](**json.loads(metadata["config"]))
+    with torch.random.fork_rng(devices=[]):  # constructors draw from the global generator
+        network = _MODULES[module](**json.loads(metadata["config"]))
     state = {name: value for name, value in _tensors(path).items() if not name.startswith("pace.")}
     return _filled(network, state, path)
 
@@ -88,7 +89,8 @@ def load_pace(path: Path | str) -> PaceHead | None:
         return load_weights(path, "PaceHead")
     if "pace" not in metadata:
         return None
-    head = PaceHead(**json.loads(metadata["pace"]))
+    with torch.random.fork_rng(devices=[]):
+        head = PaceHead(**json.loads(metadata["pace"]))
     tensors = _tensors(path).items()
     return _filled(head, {name[5:]: value for name, value in tensors if name.startswith("pace.")}, path)
 

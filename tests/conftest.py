@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from speedrl_lab.generator import Cond, GeneratorSpec, StepInfo
+from speedrl_lab.generator import Cond, GeneratorSpec, MaskedGenerator, StepInfo
+from speedrl_lab.generators import load_generator
 from speedrl_lab.generators.emoji import WEIGHTS, EmojiGenerator
 from speedrl_lab.networks import MaskedTransformer, Tokenizer
 from speedrl_lab.pace import PaceHead
@@ -94,6 +95,26 @@ def weights_of(generator) -> Tensor:
     """All policy and pace weights in one vector."""
     modules = [generator.policy] + ([] if generator.pace is None else [generator.pace])
     return torch.cat([p.detach().flatten() for module in modules for p in module.parameters()])
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> dict[str, str]:
+    """Names by which tiny published models of each family load; skips where their libraries are missing."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    from maskgit_fixtures import build_tiny_maskgit
+    from meissonic_fixtures import build_tiny_meissonic
+    from published_fixtures import build_tiny_amused
+
+    folder = tmp_path_factory.mktemp("published")
+    builders = {"amused": build_tiny_amused, "meissonic": build_tiny_meissonic, "maskgit": build_tiny_maskgit}
+    return {family: f"{family}:{build(folder / family)}" for family, build in builders.items()}
+
+
+@pytest.fixture(scope="session")
+def loaded(published: dict[str, str]) -> dict[str, MaskedGenerator]:
+    """One of each, in main memory; tests take copies."""
+    return {family: load_generator(name, device="cpu") for family, name in published.items()}
 
 
 @pytest.fixture(scope="session")

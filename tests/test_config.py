@@ -8,7 +8,6 @@ import pytest
 
 from speedrl_lab import config as config_module
 from speedrl_lab.config import (
-    PRESETS,
     DistillConfig,
     EvalConfig,
     PretrainConfig,
@@ -18,6 +17,8 @@ from speedrl_lab.config import (
     flat_fields,
     nearest,
 )
+from speedrl_lab.generators import load_generator
+from speedrl_lab.presets import PRESETS
 
 
 def test_a_knob_that_is_none_stays_as_the_preset_says():
@@ -121,6 +122,11 @@ def test_flat_settings_round_trip_with_every_kind_of_knob():
         ({"schedule": "adaptive", "guidance_scale": 2.0}, ValueError, "guidance_scale=2.0: schedule='adaptive'"),
         ({"schedule": "adaptive", "order": "confidence"}, ValueError, "schedule='adaptive' needs a model-independent"),
         ({"schedule": "adaptive", "estimator": "coupled"}, ValueError, "estimator='coupled' makes states without an"),
+        ({"policy_dtype": "bfloat16"}, ValueError, "policy_dtype='bfloat16' is for weights that are not trained"),
+        ({"policy_dtype": "float16"}, ValueError, "policy_dtype='float16' is not known; nearest: 'bfloat16'"),
+        ({"trained": "schedule", "gradient_checkpointing": True}, ValueError, "gradient_checkpointing saves memory of"),
+        ({"time_conditioning": "mask"}, ValueError, "time_conditioning='mask' is not known; nearest: 'mask_ratio'"),
+        ({"generator": 3}, TypeError, "generator=3 has type int, expected str"),
         ({"save_every": 0}, ValueError, "save_every=0: expected at least 1"),
         ({"kl_estimator": "k4"}, ValueError, "kl_estimator='k4' is not known; nearest: 'k3'"),
     ],
@@ -159,3 +165,14 @@ def test_the_notebook_shows_what_differs_from_the_preset():
 def test_the_nearest_name_looks_alike():
     assert nearest("cosin", ["linear", "cosine", "power"]) == "cosine"
     assert nearest("", ["linear"]) == "linear"
+
+
+@pytest.mark.parametrize("preset", ["amused-256", "amused-512", "meissonic", "maskgit"])
+def test_presets_of_published_models_train_adapters_and_want_a_place(preset):
+    config = RunConfig.from_flat(preset)
+    family = preset.partition("-")[0]
+    assert config.generator == f"{family}:" and config.train.lora_rank > 0
+    assert config.train.policy_dtype == "bfloat16" and config.train.sampler.guidance_scale > 1
+    assert RunConfig.from_flat(preset, generator=f"{family}:somewhere").generator == f"{family}:somewhere"
+    with pytest.raises(FileNotFoundError, match=f"generator '{family}:' names no f.*, then generator='{family}:<"):
+        load_generator(config.generator)

@@ -9,7 +9,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from speedrl_lab import notebooks
 from speedrl_lab.__main__ import main
-from speedrl_lab.config import PRESETS
+from speedrl_lab.presets import PRESETS
 
 PARAMETERS = """\
 preset: str = None  # named start

@@ -1,4 +1,4 @@
-"""Figures show what they are given: patches, counts, intervals, and pages that need nothing else."""
+"""Figures show what they are given: patches, counts, scores, records."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,19 +32,6 @@ def watched(generator, **settings):
     """A trajectory of PROMPTS and what `on_step` saw of it."""
     states = []
     return sample(generator, PROMPTS, SamplerConfig(**settings), seed=0, on_step=states.append), states
-
-
-def per_seed(models=("base", "tuned"), budgets=(1, 2, 4), seeds=3):
-    """A table as `evaluate` makes it; the accuracy of seed s is budget / 10 + s / 100."""
-    rows = [
-        {
-            "model": model, "budget": budget, "seed": seed, "steps": budget, "forwards": 2 * budget,
-            "seconds_loop": budget / 100, "seconds_total": budget / 100 + 0.01,
-            "accuracy": budget / 10 + seed / 100, "kid": 1 / budget,
-        }
-        for model in models for budget in budgets for seed in range(seeds)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "paced"])
@@ -117,46 +104,6 @@ def test_curves_have_a_panel_for_each_reward_and_accept_both_forms():
     assert list(from_list.axes[0].lines[0].get_ydata()) == [0.1, 0.2]
     with pytest.raises(ValueError, match="no records"):
         plots.curves([])
-
-
-def test_frontier_of_seeds_draws_means_and_bands():
-    figure = plots.frontier(per_seed())
-    band, line = figure.data[:2]
-    assert line.name == "base" and list(line.x) == [2, 4, 8]
-    assert np.allclose(line.y, [0.11, 0.21, 0.41])
-    assert max(band.y) <= 0.42 + 1e-9 and min(band.y) >= 0.10 - 1e-9 and max(band.y) > 0.41
-    assert figure.layout.xaxis.type == "log" and "4" in figure.layout.xaxis.ticktext
-    assert "kid: 0.500 [0.500, 0.500]" in line.text[1] and "forwards: 4" in line.text[1]
-
-
-def test_frontier_takes_given_intervals_as_they_are():
-    table = plots.with_intervals(per_seed())
-    table["accuracy_low"], table["accuracy_high"] = 0.0, 1.0
-    band = plots.frontier(table, x="seconds_total").data[0]
-    assert set(band.y) == {0.0, 1.0}
-    pd.testing.assert_frame_equal(plots.with_intervals(table), table)
-
-
-def test_a_single_point_has_an_error_bar():
-    figure = plots.frontier(per_seed(models=["paced"], budgets=[4]))
-    assert figure.data[1].error_y.visible and not plots.frontier(per_seed()).data[1].error_y.visible
-
-
-def test_frontier_names_the_nearest_metric():
-    with pytest.raises(ValueError, match="no 'acuracy' to plot; nearest: 'accuracy'"):
-        plots.frontier(per_seed(), metric="acuracy")
-    with pytest.raises(ValueError, match="no 'psnr' to plot"):
-        plots.frontier(per_seed(), metric="psnr")
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "base", "expected"),
-    [(1, 16, 2, [1, 2, 4, 8, 16]), (0.03, 0.2, 10, [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])],
-)
-def test_log_ticks_are_round_numbers_around_the_data(low, high, base, expected):
-    ticks = plots.log_ticks(low, high, base)
-    assert set(np.round(ticks, 9)) <= {*expected, 0.5, 32, 2, 0.005}
-    assert min(ticks) <= low and max(ticks) >= high
 
 
 def test_nothing_is_left_in_pyplot(generator):

@@ -152,7 +152,7 @@ def test_records_hold_every_number(toy):
         "iteration", "reward", "quality", "rewards", "rewards_std", "effective_weights", "steps", "forwards",
         "kl", "clip_fraction", "gradient_norm", "diversity", "dropped", "silent_groups", "silent_rewards",
         "learning_rate", "entropy", "approx_kl", "ratio", "ratio_min", "ratio_max", "ratio_deviation",
-        "optimizer_steps", "weights", "changed", "masked", "warnings", "seconds", "passes", "practised", "changed",
+        "optimizer_steps", "weights", "changed", "masked", "warnings", "seconds", "passes", "practised",
     }  # fmt: skip
     rewards = {**TWOS, "speed": speed_reward}
     config = replace(TOY, iterations=3, warmup_iterations=4)

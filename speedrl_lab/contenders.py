@@ -1,0 +1,241 @@
+"""Models on one frontier, each sampled as well as it can be: a fair comparison of policies and rivals.
+
+Every tuned policy gets the search that the base got: the best of several orders, schedules, temperatures and
+guidance scales for each number of passes, on validation prompts. A policy with a pace head also stands there
+at its own pace; one whose head chooses temperature and guidance as well (schedule `adaptive`) only so.
+A policy may be several files, one a training seed: its settings are searched on the first, all are measured.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from speedrl_lab import cache
+from speedrl_lab.config import SamplerConfig
+from speedrl_lab.evaluate import CODE, draw_pictures, score_samples
+from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.generators import load_generator
+from speedrl_lab.rewards.embedded import load_detector
+from speedrl_lab.runs import outputs_root
+from speedrl_lab.sampler import sample
+from speedrl_lab.search import best_samplers, load_base_samplers_by_passes, with_passes
+
+BASE, USUAL = "base", "base, usual"
+OWN_PACE = "{}, own pace"
+POLICY = "policy.safetensors"  # in a run folder
+KINDS = (
+    SamplerConfig(order="confidence"),
+    SamplerConfig(order="confidence", choice_temperature=4.0),
+    SamplerConfig(schedule="power"),
+    SamplerConfig(schedule="power", power=2.0),
+)
+CANDIDATES = (
+    *(replace(kind, temperature=temperature) for kind in KINDS for temperature in (1.0, 0.8)),
+    *(replace(kind, guidance_scale=2.0) for kind in (KINDS[0], KINDS[2])),
+)
+"""What a tuned policy may be sampled with."""
+ONE_STEP = tuple(SamplerConfig(temperature=t, start_noise=share) for share in (0.0, 0.4) for t in (1.0, 0.8))
+"""The same for a single pass, where order and schedule change nothing; start noise is Di[M]O's (arXiv 2503.15457)."""
+FOLDER = "search"
+SEARCHING = [*CODE, *cache.sources("search")]
+"""The code that decides a search, for the key under which it is kept."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model with the settings that it is sampled with at each budget; one generator a training seed."""
+
+    name: str
+    trainings: list[MaskedGenerator]
+    samplers: dict[int, SamplerConfig]
+
+
+def read_policies(entries: Sequence[str]) -> dict[str, list[Path]]:
+    """Weights files by name, one a training seed, of `name=place` or `name=place,place`, or of run folders.
+
+    A place is a file or a run folder, absolute or below `outputs_root()`; a run folder alone takes its own name.
+    Raises ValueError for a name that is there twice or is the base's, FileNotFoundError for a missing file.
+    """
+    found: dict[str, list[Path]] = {}
+    for entry in entries:
+        if (outputs_root() / entry).exists():
+            name, places = Path(entry).name, [entry]
+        else:
+            name, equals, given = entry.partition("=")
+            if not (equals and name.strip() and given):
+                raise ValueError(f"policy {entry!r}: no such run folder; expected name=file or name=file,file")
+            places = [given] if (outputs_root() / given).exists() else given.split(",")
+        name = name.strip()
+        if name in (BASE, USUAL, *found):
+            raise ValueError(f"policy {entry!r}: the name {name!r} is taken; give it another: name=file")
+        paths = [outputs_root() / place.strip() for place in places]
+        found[name] = [path / POLICY if path.is_dir() else path for path in paths]
+        if missing := [path for path in found[name] if not path.is_file()]:
+            raise FileNotFoundError(f"policy {name!r}: no file {missing[0]}")
+    return found
+
+
+def base_contenders(base: MaskedGenerator, budgets: Sequence[int], usual: bool = True) -> list[Contender]:
+    """The base at its best for each number of passes, up to twice the largest budget.
+
+    And, with `usual`, as such models are usually sampled: confidence order, guidance 3, as many steps as
+    the largest budget. Raises ValueError for a number of passes that was never searched.
+    """
+    known = load_base_samplers_by_passes()
+    wanted = sorted({*budgets, 2 * max(budgets)})
+    if missing := sorted(set(wanted) - known.keys()):
+        raise ValueError(f"the base was not searched at {missing} passes; known: {sorted(known)}")
+    most = max(budgets)
+    found = [Contender(BASE, [base], {budget: known[budget] for budget in wanted})]
+    if usual:
+        sampler = SamplerConfig(steps=most, order="confidence", guidance_scale=3.0)
+        found.append(Contender(USUAL, [base], {most: sampler}))
+    return found
+
+
+def tuned_contenders(
+    name: str,
+    trainings: Sequence[MaskedGenerator],
+    prompts: Sequence[str],
+    budgets: Sequence[int],
+    own_steps: Sequence[int] = (8,),
+) -> list[Contender]:
+    """A tuned policy with searched samplers by passes, at its own pace of at most `own_steps` steps, or both.
+
+    The second is named `<name>, own pace` and its budgets are the most steps; an adaptive policy, which is
+    never sampled otherwise, keeps its name. Raises ValueError for trainings that have not the same head.
+    """
+    kinds = {head_kind(generator) for generator in trainings}
+    if len(kinds) != 1:
+        raise ValueError(f"policy {name!r}: its trainings have different pace heads: {', '.join(sorted(kinds))}")
+    (kind,) = kinds
+    if kind == "adaptive" and not own_steps:
+        raise ValueError(f"policy {name!r} is sampled at its own pace only; expected at least one own_steps")
+    fixed = {} if kind == "adaptive" else {passes: fixed_pool(passes) for passes in budgets}
+    own = {} if kind == "none" else {steps: own_pool(kind, steps) for steps in own_steps}
+    pools = {("passes", passes): pool for passes, pool in fixed.items()}
+    pools |= {("steps", steps): pool for steps, pool in own.items()}
+    best = searched(trainings[0], prompts, pools)
+    found = []
+    if fixed:
+        found.append(Contender(name, list(trainings), {passes: best["passes", passes] for passes in fixed}))
+    if own:
+        own_name = name if kind == "adaptive" else OWN_PACE.format(name)
+        found.append(Contender(own_name, list(trainings), {steps: best["steps", steps] for steps in own}))
+    return found
+
+
+def field_of(
+    base: MaskedGenerator,
+    policies: Mapping[str, Sequence[Path]],
+    prompts: Sequence[str],
+    budgets: Sequence[int],
+    own_steps: Sequence[int] = (8,),
+    usual: bool = True,
+) -> dict[str, Contender]:
+    """All contenders by name: base, and every policy searched on `prompts`; on the base's device."""
+    found = base_contenders(base, budgets, usual)
+    for name, files in policies.items():
+        trainings = [load_generator("emoji", str(base.device), file) for file in files]
+        found += tuned_contenders(name, trainings, prompts, budgets, own_steps)
+    field = {contender.name: contender for contender in found}
+    if len(field) < len(found):
+        raise ValueError(f"two policies would share a name; names: {[contender.name for contender in found]}")
+    return field
+
+
+def head_kind(generator: MaskedGenerator) -> str:
+    """`none`, `paced` or `adaptive`."""
+    if generator.pace is None:
+        return "none"
+    return "adaptive" if generator.pace.adaptive else "paced"
+
+
+def fixed_pool(passes: int) -> list[SamplerConfig]:
+    """Settings that cost so many passes."""
+    return with_passes(ONE_STEP if passes == 1 else CANDIDATES, passes)
+
+
+def own_pool(kind: str, steps: int) -> list[SamplerConfig]:
+    """Settings with which a `paced` or `adaptive` head chooses, in at most so many steps."""
+    temperatures = (1.0,) if kind == "adaptive" else (1.0, 0.8)
+    return [
+        SamplerConfig(steps=steps, schedule=kind, greedy_pace=greedy, temperature=temperature)
+        for greedy in (True, False) for temperature in temperatures
+    ]  # fmt: skip
+
+
+def searched(
+    generator: MaskedGenerator, prompts: Sequence[str], pools: Mapping[tuple[str, int], Sequence[SamplerConfig]]
+) -> dict[tuple[str, int], SamplerConfig]:
+    """`best_samplers`, each winner kept in outputs/cache/search under the hash of all that it depends on."""
+    shared = cache.fingerprint(
+        generator, load_detector(generator.device), list(prompts), SEARCHING,
+        torch.__version__, torch.get_float32_matmul_precision(), generator.device.type,
+    )  # fmt: skip
+    keys = {name: cache.fingerprint(shared, list(pool)) for name, pool in pools.items()}
+    best = {}
+    for name, key in keys.items():
+        if (table := cache.load(FOLDER, key, ["sampler"], 1)) is not None:
+            best[name] = SamplerConfig(**json.loads(table.sampler[0]))
+    missing = {name: pool for name, pool in pools.items() if name not in best}
+    for name, sampler in (best_samplers(generator, prompts, missing) if missing else {}).items():
+        cache.store(FOLDER, keys[name], pd.DataFrame({"sampler": [json.dumps(asdict(sampler))]}))
+        best[name] = sampler
+    return {name: best[name] for name in pools}
+
+
+def score(field: Mapping[str, Contender], prompts: Sequence[str], seeds: int) -> pd.DataFrame:
+    """`score_samples` of every contender at its own budgets: one row an image, from the cache where known."""
+    parts = []
+    for name, contender in field.items():
+        given, samplers = {name: contender.trainings}, {name: contender.samplers}
+        parts.append(score_samples(given, prompts, list(contender.samplers), seeds, samplers))
+    return pd.concat(parts, ignore_index=True)
+
+
+def timed(field: Mapping[str, Contender], prompts: Sequence[str], repeats: int = 3) -> pd.DataFrame:
+    """Seconds an image of each contender and budget, measured now: medians of `repeats` turns.
+
+    Columns model, budget, seconds_loop, seconds_total, and the share by which the slowest turn exceeds the
+    fastest (spread). One batch of all prompts, one sample each, of the first training; a turn goes through
+    all contenders and budgets, so that another load on the machine falls on all alike. A warm-up comes before.
+    """
+    points = [(name, budget) for name, contender in field.items() for budget in contender.samplers]
+    points.sort(key=lambda point: point[1])
+    for contender in field.values():
+        sample(contender.trainings[0], list(prompts[:2]), next(iter(contender.samplers.values())))
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {point: [] for point in points}
+    for turn in tqdm(range(repeats), desc="seconds", unit="turn"):
+        for name, budget in points if turn % 2 == 0 else points[::-1]:
+            sampler = field[name].samplers[budget]
+            _, costs = draw_pictures(field[name].trainings[0], prompts, sampler, seed=0)
+            found[name, budget].append((costs["seconds_loop"], costs["seconds_total"]))
+    rows = []
+    for (name, budget), seconds in found.items():
+        loop, total = np.median(seconds, 0)
+        totals = [pair[1] for pair in seconds]
+        row = {"model": name, "budget": budget, "seconds_loop": loop, "seconds_total": total}
+        rows.append(row | {"spread": max(totals) / min(totals) - 1})
+    return pd.DataFrame(rows)
+
+
+def with_seconds(samples: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
+    """The frame of `score` with the seconds of `timed`: cached rows hold those of another day.
+
+    Raises ValueError for a model and budget without a time.
+    """
+    columns = ["seconds_loop", "seconds_total"]
+    merged = samples.drop(columns=columns).merge(
+        times[["model", "budget", *columns]], "left", ["model", "budget"], validate="many_to_one"
+    )
+    if merged.seconds_total.isna().any():
+        row = merged[merged.seconds_total.isna()].iloc[0]
+        raise ValueError(f"no time of {row.model!r} at budget {row.budget}")
+    return merged[list(samples.columns)]
