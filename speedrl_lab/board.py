@@ -1,11 +1,13 @@
 """The live board of a training run: curves, samples over time, cost; pause, go on, stop, change a weight.
 
 In JupyterLab it is one widget, updated in place. The cell stays busy while it trains, and buttons act between
-two iterations: messages of widgets reach a busy ipykernel 7 on a subshell of their own (JupyterLab 4.4 and
-later), and `widget_events` fetches them from ipykernel 6. Without a front end (papermill, nbval, a terminal) it
-prints a line now and then. Both end as one still picture, since widgets do not outlive their kernel.
+two iterations, where `Board.show` awaits: an ipykernel from 7.4 on then hears widgets, earlier ones of version 7
+hear them on a subshell, and from ipykernel 6 `widget_events` fetches their messages. An interrupt of the kernel
+acts there, too. Without a front end (papermill, nbval, a terminal) it prints a line now and then. Both end as one
+still picture, since widgets do not outlive their kernel.
 """
 
+import asyncio
 import json
 import re
 import sys
@@ -38,8 +40,8 @@ MOMENTS = 8
 """Times that the fixed prompts are drawn again over a whole run, beside iteration 1."""
 ROWS = 4
 """Prompts that are drawn, spread over those given."""
-PATIENCE = 0.1
-"""Seconds between two looks at the buttons while training pauses."""
+PATIENCE = 0.05
+"""Seconds after each iteration in which buttons are heard, and between two looks at them while training pauses."""
 
 
 class Stopped(Exception):
@@ -90,17 +92,18 @@ class Board:
             self.controls.say(", ".join(f"{name} = {weight:g}" for name, weight in changed.items()), iteration)
         return changed
 
-    def show(self, records: Iterator[Mapping[str, Any]], most: int | None = None) -> None:
+    async def show(self, records: Iterator[Mapping[str, Any]], most: int | None = None) -> None:
         """Follow the records of `train` to the end, or `most` of them, and leave a still picture.
 
-        Raises Stopped where the button was pressed; by then the state is saved.
+        In a notebook: `await board.show(records)`. Raises Stopped where the button was pressed; by then, and
+        after an interrupt, the state is saved.
         """
         self._place()
         try:
             with closing(records):  # the loop saves its state when it is left
                 for count, record in enumerate(records, 1):
                     self.update(record)
-                    if not self._goes_on() or count == most:
+                    if not await self._goes_on() or count == most:
                         break
         finally:
             self.close()
@@ -111,16 +114,17 @@ class Board:
                 "run this cell again to go on."
             )
 
-    def _goes_on(self) -> bool:
-        """Wait while training pauses; False where it is to stop."""
+    async def _goes_on(self) -> bool:
+        """Hear the buttons, and wait while training pauses; False where it is to stop."""
         if self.controls is None:
+            await asyncio.sleep(0)  # for an interrupt
             return True
-        widget_events()
-        while self.controls.paused and not self.controls.stopped:
-            self.controls.hold()
-            time.sleep(PATIENCE)
+        while True:
             widget_events()
-        return not self.controls.stopped
+            await asyncio.sleep(PATIENCE)
+            if self.controls.stopped or not self.controls.paused:
+                return not self.controls.stopped
+            self.controls.hold()
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Take the record of one iteration; draw curves at most once a second."""
@@ -216,7 +220,7 @@ def has_front_end() -> bool:
 def widget_events() -> None:
     """Handle the messages of widgets that wait while the cell is busy; what else waits stays in order.
 
-    For ipykernel 6. With a later one there is nothing to do: it hears widgets on a subshell.
+    For ipykernel 6; a later one does it by itself.
     """
     kernel = getattr(get_ipython(), "kernel", None)
     if not hasattr(kernel, "schedule_dispatch"):

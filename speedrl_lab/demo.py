@@ -37,11 +37,11 @@ def main(output: Path | None = None) -> Path:
     tqdm.write(f"demo folder: {folder}")
     if not (run / TRAINED).exists():
         _execute("03_speed_rl", folder, run=str(run), resume=run.exists(), preset="demo")
-    policies = [f"short speed-rl={run / TRAINED}"]
+    policies = [f"speed-rl, short={run / TRAINED}"]
     if COMMITTED.exists():
         policies.append(f"speed-rl={COMMITTED}")
     begun = (folder / "config.json").exists()
-    searching = {"search_prompts": 16, "own_steps": [8]}  # a short demo
+    searching = {"search_prompts": 12, "own_steps": [8]}  # a short demo
     _execute("05_frontier", folder, policies=policies, run=str(folder), resume=begun, preset="demo", **searching)
     tqdm.write(f"frontier page: {folder / PAGE}")
     return folder / PAGE

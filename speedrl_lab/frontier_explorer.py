@@ -44,7 +44,7 @@ class FrontierExplorer:
         self.controls = controls(samples, self.table)
         self.figure = go.FigureWidget(self._fresh())
         self.figure.add_scatter(mode="markers", hoverinfo="skip", showlegend=False, marker={
-            "size": 19, "symbol": "circle-open", "line": {"width": 2, "color": canvas.INK}})  # fmt: skip
+            "size": 19, "symbol": "circle-open", "color": canvas.INK, "line": {"width": 2}})  # fmt: skip
         self.equal, self.pictures, self.exported = (ipywidgets.HTML() for _ in range(3))
         self.export_button = ipywidgets.Button(description="Export")
         self._errors = ipywidgets.Output()
@@ -106,7 +106,7 @@ class FrontierExplorer:
     def draw_table(self) -> None:
         """What each model needs for the quality of the base, in the chosen cost and judge."""
         x, judge, models = (self.controls[name].value for name in ("x", "judge", "models"))
-        title = f"{AXES[x]} at equal {METRICS[judge].split(' (')[0]}".capitalize()
+        title = f"{AXES[x].capitalize()} at equal {METRICS[judge].split(' (')[0]}"
         found = standings.equal_quality(self.samples, self.table, judge, x, models)
         rows = page.table(standings.readable(found, x)) if len(found) else "choose a model beside the base"
         self.equal.value = f'{STYLE}<div class="equal"><b>{html.escape(title)}</b>{rows}</div>'

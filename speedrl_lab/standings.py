@@ -87,10 +87,11 @@ def verdicts(table: pd.DataFrame, ours: Sequence[str], judges: Sequence[str] = J
 
 def _sentence(row: dict[str, object]) -> str:
     overlap = {None: "one has no interval", True: "the intervals overlap", False: "the intervals do not overlap"}
-    shown = {
-        name: f"{row[f'{name}_model']} {row[f'{name}_value']:.3g} [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]"
-        for name in ("our", "rival")
-    }
+    shown = {}
+    for name in ("our", "rival"):
+        shown[name] = f"{row[f'{name}_model']} {row[f'{name}_value']:.3g}"
+        if not np.isnan(row[f"{name}_low"]):
+            shown[name] += f" [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]"
     return (
         f"{_label(row['judge'])}, {row['passes']} {_passes(row['passes'])}: {row['rival_model']} wins by "
         f"{row['ahead']:.3g} ({shown['rival']} against {shown['our']}); {overlap[row['overlap']]}."
@@ -187,7 +188,7 @@ def differences(
                 if index == len(allowed):
                     continue
                 found = paired_difference(samples, (ours, int(allowed.index[index])), (rival, budget), judge)
-                row = {"judge": judge, "passes": round(float(allowed.iloc[index]), 2), "rival": rival}
+                row = {"judge": judge, "passes": float(f"{allowed.iloc[index]:.3g}"), "rival": rival}
                 rows.append(row | dict(zip(("difference", "low", "high"), found, strict=True)))
     return pd.DataFrame(rows, columns=["judge", "passes", "rival", "difference", "low", "high"])
 
@@ -196,6 +197,8 @@ def differences_table(found: pd.DataFrame) -> pd.DataFrame:
     """The frame of `differences` for people: a row a judge and budget, a column a rival."""
     if found.empty:
         return pd.DataFrame({"judge": [], "passes": []})
+    if not (found.passes % 1).any():
+        found = found.astype({"passes": int})
     text = [f"{row.difference:+.3g} [{row.low:+.3g}, {row.high:+.3g}]" for row in found.itertuples()]
     order, judges = list(dict.fromkeys(found.rival)), list(dict.fromkeys(found.judge))
     cells = found.assign(text=text).pivot(index=["judge", "passes"], columns="rival", values="text")

@@ -6,12 +6,14 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import randomize, tiny_emoji
-from test_contract import PROMPTS, STEP, half_masked
+from test_contract import STEP, half_masked
 from torch import Tensor
 
 from speedrl_lab.adapters import adapter_off, add_lora, has_adapter, merged
 from speedrl_lab.generators import load_generator
 from speedrl_lab.networks import MaskedTransformer
+
+PROMPTS = ["a dog", "two cats on a red background", "a star left of a pig"]
 
 RANK = 4
 

@@ -1,5 +1,6 @@
 """The training board: it steers a run without changing what is not asked for, draws rarely and logs plainly."""
 
+import asyncio
 import io
 import json
 from contextlib import closing
@@ -188,7 +189,7 @@ def on_board(folder, act=None, config=CONFIG, generator=None):
                     act(board, done)
                 yield done
 
-    board.show(acting(train(generator, PROMPTS, REWARDS, config, run, steer=board.steer)))
+    asyncio.run(board.show(acting(train(generator, PROMPTS, REWARDS, config, run, steer=board.steer))))
     return weights_of(generator), board
 
 
@@ -202,16 +203,16 @@ def test_looking_does_not_change_the_run(tmp_path, screen):
 
 
 def test_pause_holds_and_changes_nothing(tmp_path, screen, monkeypatch):
-    naps, seen = [], []
+    board, seen = [], []
 
-    def nap(seconds):
-        naps.append(seconds)
-        seen.append((board[0].controls.pause.description, len(board[0].records)))
-        if len(naps) == 3:
-            board[0].controls.go_on.click()
+    async def nap(seconds):
+        controls = board[0].controls
+        if controls.paused:
+            seen.append((controls.pause.description, len(board[0].records)))
+        if len(seen) == 3:
+            controls.go_on.click()
 
-    board = []
-    monkeypatch.setattr(boards.time, "sleep", nap)
+    monkeypatch.setattr(boards.asyncio, "sleep", nap)
 
     def act(shown, done):
         board[:] = [shown]
@@ -221,7 +222,7 @@ def test_pause_holds_and_changes_nothing(tmp_path, screen, monkeypatch):
             assert shown.controls.pause.disabled and not shown.controls.go_on.disabled
 
     weights, _ = on_board(tmp_path / "paused", act)
-    assert seen == [("Paused", 2)] * 3
+    assert seen == [("Pausing", 2), ("Paused", 2), ("Paused", 2)]
     assert torch.equal(weights, trained(tmp_path / "whole"))
     assert logged(tmp_path / "paused") == logged(tmp_path / "whole")
 
@@ -247,7 +248,12 @@ def test_stop_saves_and_go_on_ends_as_if_never_stopped(tmp_path, screen):
 def test_stop_ends_a_pause(tmp_path, screen, monkeypatch):
     def act(board, done):
         board.controls.pause.click()
-        monkeypatch.setattr(boards.time, "sleep", lambda seconds: board.controls.stop.click())
+
+        async def nap(seconds):
+            if board.controls.pause.description == "Paused":
+                board.controls.stop.click()
+
+        monkeypatch.setattr(boards.asyncio, "sleep", nap)
 
     with pytest.raises(Stopped, match="after iteration 1 of 6"):
         on_board(tmp_path / "run", act)
@@ -279,12 +285,16 @@ def test_a_weight_that_cannot_be_is_refused_and_training_goes_on(tmp_path, scree
     assert torch.equal(weights, trained(tmp_path / "whole"))
 
 
-def test_an_error_leaves_the_picture_and_the_state(tmp_path, screen):
+@pytest.mark.parametrize("looking", [True, False])
+def test_an_interrupt_leaves_the_picture_and_the_state(tmp_path, screen, monkeypatch, looking):
+    """ipykernel cancels the task of an asynchronous cell, which is felt where it awaits."""
+    monkeypatch.setattr(boards, "has_front_end", lambda: looking)
+
     def act(board, done):
         if done["iteration"] == 3:
-            raise KeyboardInterrupt
+            asyncio.current_task().cancel()
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(asyncio.CancelledError):
         on_board(tmp_path / "run", act)
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["iteration"] == 3
     assert screen[0].shown[-1].data[:4] == b"\x89PNG"

@@ -103,7 +103,7 @@ def test_a_setting_younger_than_a_run_counts_with_its_default(make):
         ("speed_weight=0.2", {"slow"}),
         ("speed_weight=2e-1", {"slow"}),
         ("speed_weight=0.5 run", {"fast/run"}),
-        ("quality_weights.clip=1", {"slow", "fast/run"}),
+        ("quality_weights.clip=3", {"student"}),
         ("schedule=paced", {"slow", "fast/run"}),
         ("DIMO", {"student"}),
         ("frogs", {"slow"}),

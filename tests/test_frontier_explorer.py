@@ -91,6 +91,7 @@ def test_the_figure_is_the_frontier_of_the_table(board):
     model, budget = board.point
     ringed = board.table[(board.table.model == model) & (board.table.budget == budget)]
     assert list(board.figure.data[-1].x) == list(ringed.seconds_total)
+    assert "Seconds per image, with decoding at equal PSNR to the nearest valid scene" in board.equal.value
 
 
 class Points:

@@ -56,7 +56,7 @@ def test_the_peak_is_what_training_takes(family, change, request, tokenizer):
     planned = plan(generator, config, REWARDS)
     taken = peak_of(lambda: list(train(generator, prompts, REWARDS, config)))
     assert planned.fits and planned.held > 0
-    assert taken / 1.5 < planned.needed - planned.held < taken * 1.5
+    assert taken / 1.3 < planned.needed - planned.held < taken * 1.3  # measured: 1.01 to 1.12 of what is taken
 
 
 @pytest.mark.parametrize("change", [{}, {"inner_epochs": 2}, {"estimator": "critical"}, {"estimator": "coupled"}])

@@ -183,8 +183,8 @@ def test_commands_say_what_differs_from_the_preset():
     assert "speed_weight=0.25" in lines["speedrl_lab"] and "papermill --engine speedrl" in lines["papermill"]
     with pytest.raises(ValueError, match="'redness' is your own"):
         whatif.knobs(run_config(group_size=8, quality_weights={"redness": 1.0}))
-    with pytest.raises(ValueError, match="no parameter 'micro_batch_size'"):
-        whatif.knobs(run_config(group_size=8, micro_batch_size=7))
+    with pytest.raises(ValueError, match="no parameter 'clip_range'"):
+        whatif.knobs(run_config(group_size=8, clip_range=0.1))
 
 
 def test_every_setting_of_the_explorer_reaches_the_notebook():

@@ -1,21 +1,12 @@
 """The frontier explorer in a real JupyterLab; how to run these: browse_notebooks.py beside this file."""
 
 import re
+from pathlib import Path
 
-import pytest
 from browse_notebooks import browser, lab, opened, playwright  # noqa: F401  (fixtures)
 
 EXPLORER = ".widget-vbox:has(.js-plotly-plot)"
 SHOWN = f"{EXPLORER} .jupyter-widgets.widget-html img[src^='data:image/png']"
-
-
-@pytest.fixture
-def book(opened):  # noqa: F811
-    """05_frontier, all cells run, scrolled to the explorer."""
-    found = opened("05_frontier")
-    found.page.locator(f"{EXPLORER} .js-plotly-plot").first.scroll_into_view_if_needed()
-    playwright.expect(found.page.locator(SHOWN).first).to_be_visible()
-    return found
 
 
 def sources(book) -> list[str]:
@@ -30,27 +21,37 @@ def wait_for_others(book, before: list[str]) -> list[str]:
     return sources(book)
 
 
-def test_choices_change_figure_table_and_samples(book):
+def test_frontier_explorer(opened, lab):  # noqa: F811
+    """Choices change figure, table and samples; the mouse shows a point, a click pins it; exports are files."""
+    book = opened("05_frontier")
+    book.page.locator(f"{EXPLORER} .js-plotly-plot").first.scroll_into_view_if_needed()
+    playwright.expect(book.page.locator(SHOWN).first).to_be_visible()
+    book.shot("explorer")
+    choices(book)
+    pinning(book)
+    exports(book, lab[1] / "outputs" / "05_frontier")
+
+
+def choices(book) -> None:
     axis = book.page.locator(f"{EXPLORER} .js-plotly-plot .ytitle")
     playwright.expect(axis).to_contain_text("exact object counts")
+    before = sources(book)
+    book.choose("samples", "best")
+    wait_for_others(book, before)
     book.choose("judge", "PSNR to the nearest valid scene (dB)")
     playwright.expect(axis).to_contain_text("PSNR")
     book.choose("cost", "seconds per image, with decoding")
     playwright.expect(book.page.locator(f"{EXPLORER} .js-plotly-plot .xtitle")).to_contain_text("with decoding")
-    playwright.expect(book.page.locator(f"{EXPLORER} .equal b")).to_contain_text("with decoding at equal psnr")
-    before = sources(book)
-    book.choose("samples", "best")
-    wait_for_others(book, before)
+    playwright.expect(book.page.locator(f"{EXPLORER} .equal b")).to_contain_text("with decoding at equal PSNR")
     book.shot("chosen")
 
 
-def test_a_click_pins_a_point(book):
+def pinning(book) -> None:
     before = sources(book)
-    points = book.page.locator(f"{EXPLORER} .js-plotly-plot .scatterlayer .trace .points path.point")
-    place = points.first.bounding_box()
+    place = book.page.locator(f"{EXPLORER} .js-plotly-plot .scatterlayer .points path.point").first.bounding_box()
     middle = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
-    book.page.mouse.move(middle[0] - 3, middle[1] - 3)
-    book.page.mouse.move(*middle)
+    book.page.mouse.move(middle[0] - 40, middle[1] - 40)
+    book.page.mouse.move(*middle, steps=10)
     after = wait_for_others(book, before)
     book.page.mouse.click(*middle)
     pinned = book.page.locator('button.jupyter-widgets:text-is("pinned")')
@@ -59,9 +60,9 @@ def test_a_click_pins_a_point(book):
     book.shot("pinned")
 
 
-def test_export_writes_a_file(book, lab):  # noqa: F811
+def exports(book, folder: Path) -> None:
     for kind in ("png", "svg", "html"):
         book.choose("export as", kind)
         book.press("Export")
-        playwright.expect(book.page.locator(f"text=/wrote .*frontier-accuracy-forwards.{kind}/")).to_be_visible()
-    assert len(list((lab[1] / "outputs" / "05_frontier").glob("*/frontier-accuracy-forwards.*"))) == 3
+        playwright.expect(book.page.locator(f"text=/wrote .*frontier-psnr-seconds_total.{kind}/")).to_be_visible()
+    assert len(list(folder.glob("*/frontier-psnr-seconds_total.*"))) == 3
