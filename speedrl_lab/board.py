@@ -120,8 +120,8 @@ class Board:
             await asyncio.sleep(0)  # for an interrupt
             return True
         while True:
-            widget_events()
             await asyncio.sleep(PATIENCE)
+            widget_events()
             if self.controls.stopped or not self.controls.paused:
                 return not self.controls.stopped
             self.controls.hold()
@@ -223,19 +223,18 @@ def widget_events() -> None:
     For ipykernel 6; a later one does it by itself.
     """
     kernel = getattr(get_ipython(), "kernel", None)
-    if not hasattr(kernel, "schedule_dispatch"):
-        return
-    stream, session = kernel.shell_stream, kernel.session
-    while stream.socket.poll(0):
-        frames = stream.socket.recv_multipart(copy=False)
-        identities, parts = session.feed_identities(frames, copy=False)
-        # A look at the header alone: a message may be read in full only once.
-        kind = session.deserialize(parts, content=False, copy=False)["header"]["msg_type"]
-        if kind == "comm_msg":
-            message = session.deserialize(parts, content=True, copy=False)
-            kernel.comm_manager.comm_msg(stream, identities, message)
-        else:
-            kernel.schedule_dispatch(kernel.dispatch_shell, frames)
+    waiting = getattr(kernel, "msg_queue", None)
+    for _ in range(waiting.qsize() if waiting is not None else 0):
+        number, dispatch, given = waiting.get_nowait()
+        if dispatch == kernel.dispatch_shell:
+            identities, parts = kernel.session.feed_identities(given[0], copy=False)
+            # A look at the header alone: a message may be read in full only once.
+            kind = kernel.session.deserialize(parts, content=False, copy=False)["header"]["msg_type"]
+            if kind == "comm_msg":
+                message = kernel.session.deserialize(parts, content=True, copy=False)
+                kernel.comm_manager.comm_msg(kernel.shell_stream, identities, message)
+                continue
+        waiting.put_nowait((number, dispatch, given))
 
 
 def status(records: Sequence[Mapping[str, Any]], config: TrainConfig) -> str:

@@ -23,7 +23,7 @@ PANELS = {
 }
 WINDOW = 10
 """Iterations of a running mean."""
-MOST_BYTES = 300_000
+MOST_BYTES = 120_000
 """Of a picture that stays in a notebook in full color."""
 
 

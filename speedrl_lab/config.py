@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Order = Literal["confidence", "halton", "random"]
-Schedule = Literal["cosine", "linear", "power", "paced", "adaptive", "random_budget", "threshold"]
+Schedule = Literal["cosine", "linear", "arccos", "power", "paced", "adaptive", "random_budget", "threshold"]
 HEADED = ("paced", "adaptive")
 """Schedules that a pace head decides."""
 VARYING = (*HEADED, "random_budget", "threshold")

@@ -114,7 +114,7 @@ def _paced_plans(num_tokens: int, steps: int) -> int:
 
 def _kind(sampler: SamplerConfig) -> str:
     """The schedule of fixed counts behind a schedule."""
-    return sampler.schedule if sampler.schedule in ("cosine", "linear") else "power"
+    return sampler.schedule if sampler.schedule in ("cosine", "linear", "arccos") else "power"
 
 
 def _level(sampler: SamplerConfig, step: int) -> float:

@@ -100,7 +100,7 @@ def fixed_counts(num_tokens: int, sampler: SamplerConfig, keys: Tensor) -> Tenso
     For a random budget each row has its own number of steps, zeros after it. Raises ValueError for
     steps > N.
     """
-    kind = sampler.schedule if sampler.schedule in ("cosine", "linear") else "power"
+    kind = sampler.schedule if sampler.schedule in ("cosine", "linear", "arccos") else "power"
     if sampler.schedule != "random_budget":
         counts = reveal_counts(num_tokens, sampler.steps, kind, sampler.power)
         return counts.to(keys.device).expand(len(keys), -1)

@@ -12,7 +12,8 @@ def reveal_counts(num_tokens: int, steps: int, schedule: str = "cosine", power: 
     """How many positions each step reveals: int64 (T,), every entry at least 1, sum N.
 
     The share known after step i is f((i+1)/T): cosine 1 - cos(pi r/2) (MaskGIT), linear r,
-    power r**power. The cosine rounds in float32 as published samplers do.
+    power r**power, arccos 1 - arccos(r) / (pi/2) (Halton-MaskGIT, arXiv 2503.17076). Cosine and arccos round in
+    float32 as published samplers do.
     Raises ValueError for steps outside 1..N or an unknown schedule.
     """
     if not 1 <= steps <= num_tokens:
@@ -24,10 +25,12 @@ def reveal_counts(num_tokens: int, steps: int, schedule: str = "cosine", power: 
             known = num_tokens - (num_tokens * torch.cos(ratio * math.pi / 2)).floor()
         case "linear":
             known = num_tokens - (num_tokens * (1 - ratio)).floor()
+        case "arccos":
+            known = (num_tokens * (1 - ratio.arccos() / (math.pi / 2))).floor()
         case "power":
             known = (num_tokens * ratio**power).round()
         case _:
-            raise ValueError(f"schedule={schedule!r} has no fixed counts; expected cosine, linear or power")
+            raise ValueError(f"schedule={schedule!r} has no fixed counts; expected cosine, linear, arccos or power")
     index = torch.arange(1, steps + 1)
     known = known.long().maximum(index).minimum(num_tokens - (steps - index))
     known[-1] = num_tokens

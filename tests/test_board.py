@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import queue
 from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import islice
@@ -423,18 +424,22 @@ def test_a_front_end_names_its_cells(monkeypatch):
 
 def test_events_of_widgets_are_handled_and_the_rest_stays_in_order(monkeypatch):
     """ipykernel 6: a cell that is queued behind a busy one is left alone."""
-    waiting, handled, queued = ["comm_msg 1", "execute_request", "comm_msg 2", "comm_info_request"], [], []
-    socket = SimpleNamespace(poll=lambda timeout: len(waiting), recv_multipart=lambda copy: waiting.pop(0))
+    waiting, handled = queue.Queue(), []
+    messages = [(1, "shell", ["comm_msg 1"]), (2, "shell", ["execute_request"]), (3, "other", ["comm_msg 2"]),
+                (4, "shell", ["comm_msg 3"]), (5, "shell", ["comm_info_request"])]  # fmt: skip
+    for message in messages:
+        waiting.put(message)
     session = SimpleNamespace(
         feed_identities=lambda frames, copy: ([], frames),
         deserialize=lambda parts, content, copy: {"header": {"msg_type": parts.split()[0]}, "is": parts},
     )
     kernel = SimpleNamespace(
-        shell_stream=SimpleNamespace(socket=socket), session=session, dispatch_shell="shell",
-        schedule_dispatch=lambda dispatch, frames: queued.append((dispatch, frames)),
-        comm_manager=SimpleNamespace(comm_msg=lambda stream, ident, message: handled.append(message["is"])),
+        msg_queue=waiting, session=session, dispatch_shell="shell", shell_stream=None,
+        comm_manager=SimpleNamespace(comm_msg=lambda stream, identities, message: handled.append(message["is"])),
     )  # fmt: skip
     monkeypatch.setattr(boards, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
     boards.widget_events()
-    assert handled == ["comm_msg 1", "comm_msg 2"]
-    assert queued == [("shell", "execute_request"), ("shell", "comm_info_request")]
+    assert handled == ["comm_msg 1", "comm_msg 3"]
+    assert list(waiting.queue) == [messages[1], messages[2], messages[4]]
+    monkeypatch.setattr(boards, "get_ipython", lambda: SimpleNamespace(kernel=SimpleNamespace()))
+    boards.widget_events()

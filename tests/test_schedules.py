@@ -69,7 +69,7 @@ def test_power_counts_reveal_few_tokens_first():
     assert reveal_counts(64, 4, "power", 1.0).tolist() == [16, 16, 16, 16]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "power"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "arccos", "power"])
 @pytest.mark.parametrize("num_tokens", [1, 4, 64, 100])
 def test_counts_reveal_everything_and_never_nothing(schedule, num_tokens):
     for steps in range(1, num_tokens + 1):
@@ -133,3 +133,11 @@ def test_points_must_exist_and_increase():
     for second in (2, 5):  # caught at any iteration, not only where it would matter
         with pytest.raises(ValueError, match=rf"iterations 0, 5, {second}: expected iterations that increase"):
             piecewise_linear([(0, 1.0), (5, 2.0), (second, 3.0)], 0)
+
+
+@pytest.mark.parametrize("side", [16, 24, 32, 64])
+@pytest.mark.parametrize("steps", [4, 8, 16, 32])
+def test_the_arccos_schedule_reveals_what_the_published_halton_sampler_does(side, steps):
+    known = np.load(GOLDEN / "halton_positions.npz")[f"known_{side}_T{steps}"]
+    counts = reveal_counts(side * side, steps, "arccos")
+    assert counts.cumsum(0).tolist() == known.tolist()
