@@ -3,12 +3,11 @@
     python data/build_rivals.py                       # all of them, one after the other; goes on where it stopped
     python data/build_rivals.py sdtt dimo --seeds 0 1  # some; several processes may share the work
 
-Runs land in outputs/rivals/<method>-<seed>. `--keep` copies the policies of seed 0 to data/weights/rivals.
+Runs land in outputs/rivals/<method>-<seed>.
 Seconds depend on the machine; passes (forward passes of every network, a backward pass counted as two) do not.
 """
 
 import argparse
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +17,7 @@ from tqdm import tqdm
 
 import speedrl_lab as lab
 from speedrl_lab.generator import MaskedGenerator
-from speedrl_lab.runs import ROOT, outputs_root
-from speedrl_lab.weights import load_pace, read_metadata, save_weights
+from speedrl_lab.runs import outputs_root
 
 BUDGET = 120_000
 RL = {
@@ -80,7 +78,6 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", default=list(METHODS), help=", ".join(METHODS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
-    parser.add_argument("--keep", action="store_true", help="copy the policies of seed 0 to data/weights/rivals")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -95,15 +92,6 @@ def main() -> None:
             if not (outputs_root() / "rivals" / f"{method}-{seed}" / "policy.safetensors").is_file():
                 for _ in tqdm(records(method, config, seed), total=total, desc=f"{method}, seed {seed}"):
                     pass
-    if options.keep:
-        for method in set(METHODS) - set(START.values()):
-            source = outputs_root() / "rivals" / f"{method}-0" / "policy.safetensors"
-            kept = ROOT / "data" / "weights" / "rivals" / f"{method}.safetensors"
-            kept.parent.mkdir(exist_ok=True)
-            if METHODS[method].get("trained") == "schedule":  # the policy is the base
-                save_weights(load_pace(source), kept, read_metadata(source)["origin"])
-            else:
-                shutil.copy(source, kept)
 
 
 if __name__ == "__main__":
