@@ -45,7 +45,8 @@ class Training:
         self.page.set_default_timeout(PATIENCE)
         playwright.expect.set_options(timeout=PATIENCE)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(f"{self.address}/lab/tree/{name}.ipynb?token=t")
+        # A workspace of its own: else the status bar may speak of another notebook's kernel.
+        self.page.goto(f"{self.address}/lab/workspaces/{name}/tree/{name}.ipynb?token=t")
         self.page.locator(".jp-NotebookPanel .jp-Notebook").wait_for()
         self.train()
 
@@ -67,7 +68,9 @@ class Training:
     def wait(self, holds, what):
         deadline = time.monotonic() + PATIENCE / 1000
         while not holds():
-            assert time.monotonic() < deadline, f"waited in vain for {what}"
+            if time.monotonic() > deadline:
+                self.shot("stuck")
+                raise AssertionError(f"waited in vain for {what}")
             self.page.wait_for_timeout(200)
 
     def button(self, text):
