@@ -20,7 +20,7 @@ def _embedded() -> dict[str, RunConfig]:
             iterations=300,
             kl_estimator="exact",
             kl_weight=0.01,
-            quality_weights={"verified": 1.0, "coherence": 0.5, "clip": 0.3, "novelty": 0.4},
+            quality_weights={"clip": 1.0, "coherence": 1.0, "novelty": 0.4},
             speed_weight=0.5,
         ),
     )

@@ -1,4 +1,5 @@
-"""The training board as a person uses it, in a real JupyterLab: pause, change a weight, go on, stop, kill, resume.
+"""The training board as a person uses it, in a real JupyterLab: pause, change a weight, go on, stop, kill, resume,
+interrupt.
 
     SPEEDRL_SCREENSHOTS=shots python -m pytest tests/browser/browse_training.py
 
@@ -136,7 +137,7 @@ def test_pause_change_go_on_and_stop(training):
     playwright.expect(book.page.locator("text=/Stopped after iteration \\d+ of/").last).to_be_visible()
 
 
-def test_a_killed_kernel_goes_on(training):
+def test_a_killed_kernel_goes_on_and_an_interrupt_saves(training):
     book = training("killed")
     book.kill()
     killed = len(book.logged())
@@ -147,5 +148,8 @@ def test_a_killed_kernel_goes_on(training):
     rows = book.logged()
     assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) > killed
     book.shot("resumed")
-    book.press("Stop")
-    playwright.expect(book.page.locator("text=/Stopped after iteration \\d+ of/").last).to_be_visible()
+    for item in ("Kernel", "Interrupt Kernel"):
+        book.page.get_by_role("menuitem", name=item, exact=True).click()
+    playwright.expect(book.page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
+    assert torch.load(book.run / "checkpoint.pt", weights_only=True)["iteration"] == len(book.logged()) < ITERATIONS
+    book.shot("interrupted")
