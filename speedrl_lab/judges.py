@@ -1,5 +1,6 @@
-"""Judges of EmojiScenes pictures that no training ever sees.
+"""Judges of EmojiScenes pictures.
 
+No reward reads what they say, but for the layout of the nearest scene, from which `variety` is reckoned.
 The nearest valid scene says whether a picture is crisp and legal, the detector's verdict whether it
 shows what the caption asks for, diversity and layout entropy how much of what the caption leaves open is
 still used. Distances between sets of pictures: `distances`.
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from speedrl_lab.compositor import COLORS, IMAGE_SIZE, LARGE, OBJECTS, SMALL, STRIDE, sprites
+from speedrl_lab.compositor import COLORS, IMAGE_SIZE, LARGE, OBJECTS, SMALL, STRIDE, Layout, paint, sprites
 from speedrl_lab.networks import Detector
-from speedrl_lab.scenes import DATA, Scene, parse_caption
+from speedrl_lab.scenes import DATA, Scene, object_slots, parse_caption
 from speedrl_lab.weights import load_weights
 
 CHUNK = 64  # rows searched at once, to bound the memory
@@ -38,6 +39,11 @@ class NearestScene:
     tops: Tensor
     lefts: Tensor
     backgrounds: Tensor
+
+    def paint(self, prompts: Sequence[str]) -> Tensor:
+        """These scenes as clean pictures, float32 (B, 3, 32, 32) in [0, 1]; `prompts` says what is in them."""
+        objects = object_slots(_parse(prompts, len(self.sizes)))
+        return paint(Layout(objects, self.styles, self.tops, self.lefts, self.sizes, self.backgrounds))
 
 
 def nearest_scene(images: Tensor, prompts: Sequence[str]) -> NearestScene:

@@ -178,6 +178,15 @@ def load_prompts(split: str = "test", count: int | None = None) -> list[str]:
     return prompts[:count]
 
 
+def object_slots(scenes: Sequence[Scene]) -> Tensor:
+    """Object ids of both slots as in `compositor.Layout`, int64 (B, 2); -1 where a scene has one object."""
+    objects = torch.full((len(scenes), 2), -1)
+    for row, scene in enumerate(scenes):
+        names = scene.objects * 2 if scene.kind == "two" else scene.objects
+        objects[row, : len(names)] = torch.tensor([OBJECTS.index(name) for name in names])
+    return objects
+
+
 def draw_layouts(scenes: Sequence[Scene], rng: torch.Generator) -> Layout:
     """Choose at random what the captions leave open: style, size, position, unnamed background."""
     count, cells = len(scenes), (IMAGE_SIZE - SMALL) // STRIDE + 1
@@ -188,10 +197,7 @@ def draw_layouts(scenes: Sequence[Scene], rng: torch.Generator) -> Layout:
 
     kinds = torch.tensor([KINDS.index(scene.kind) for scene in scenes])
     single = kinds == KINDS.index("one")
-    objects = torch.full((count, 2), -1)
-    for row, scene in enumerate(scenes):
-        names = scene.objects * 2 if scene.kind == "two" else scene.objects
-        objects[row, : len(names)] = torch.tensor([OBJECTS.index(name) for name in names])
+    objects = object_slots(scenes)
     sizes = torch.where(single & (integers(2, count) == 1), LARGE, SMALL)
     # Two small sprites do not overlap exactly when they touch opposite borders along one axis.
     horizontal = torch.where(

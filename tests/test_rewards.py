@@ -9,7 +9,7 @@ from torch import Tensor
 from speedrl_lab import compositor, scenes
 from speedrl_lab.networks import Tokenizer
 from speedrl_lab.rewards import NAMES, build_rewards
-from speedrl_lab.rewards.embedded import load_clip
+from speedrl_lab.rewards.embedded import load_clip, load_referee
 from speedrl_lab.rewards.speed import speed_reward
 from speedrl_lab.trajectory import Trajectory
 
@@ -78,6 +78,35 @@ def test_novelty_of_identical_pictures_is_zero(real, count):
     assert float(scores.abs().max()) == pytest.approx(0, abs=1e-4)
 
 
+@pytest.fixture(scope="module")
+def dogs() -> Tensor:
+    """Real pictures of "a dog on a red background": three different ones, then one without a dog."""
+    scene = scenes.parse_caption("a dog on a red background")
+    rng = torch.Generator().manual_seed(1)
+    wrong = scenes.parse_caption("a cat on a red background")
+    return compositor.paint(scenes.draw_layouts([scene] * 3 + [wrong], rng))
+
+
+def test_variety_is_the_mean_distance_of_the_right_to_the_other_right_pictures(dogs):
+    variety = build_rewards(["variety"])["variety"]
+    scores = variety(dogs, ["a dog on a red background"] * 4, NOTHING)
+    features = load_referee("cpu").features(dogs).detach()  # real scenes are their own nearest scenes
+    for row in range(3):
+        expected = sum(float((features[row] - features[other]).norm()) for other in range(3)) / 2
+        assert float(scores[row]) == pytest.approx(expected, rel=1e-3)
+    assert scores[3].isnan()  # a cat has no say
+
+
+def test_variety_earns_nothing_by_noise(dogs):
+    variety, rng = build_rewards(["variety"])["variety"], torch.Generator().manual_seed(0)
+    same = dogs[:1].repeat(4, 1, 1, 1)
+    noisy = (same + 0.05 * torch.randn(same.shape, generator=rng)).clamp(0, 1)
+    scores = variety(noisy, ["a dog on a red background"] * 4, NOTHING)
+    assert float(scores.nan_to_num(0).abs().max()) == pytest.approx(0, abs=1e-3) and not scores.isnan().all()
+    alone = variety(torch.cat([dogs[:1], dogs[3:]]), ["a dog on a red background"] * 2, NOTHING)
+    assert alone.isnan().all()  # nothing to compare with
+
+
 def test_speed_is_minus_the_share_of_the_longest_unmasking():
     trajectory = recorded(torch.zeros(3, 64, dtype=torch.int64), torch.tensor([1, 8, 32]))
     trajectory = replace(trajectory, forwards=torch.tensor([1, 16, 64]))  # guidance: passes are what costs
@@ -103,7 +132,7 @@ def test_coherence_tells_scenes_from_confetti(real, tokenizer: Tokenizer):
 
 def test_rewards_come_in_the_order_of_their_names():
     assert list(build_rewards(["speed", "clip"])) == ["speed", "clip"]
-    assert set(NAMES) == {"clip", "coherence", "novelty", "verified", "detector", "speed", "geneval"}
+    assert set(NAMES) == {"clip", "coherence", "novelty", "variety", "verified", "detector", "speed", "geneval"}
 
 
 def test_unknown_rewards_name_the_nearest():

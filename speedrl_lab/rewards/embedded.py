@@ -1,4 +1,4 @@
-"""Rewards of EmojiScenes: small CLIP, coherence under the base generator, novelty, exact detector."""
+"""Rewards of EmojiScenes: small CLIP, coherence under the base generator, referee, novelty, variety, exact detector."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -79,13 +79,41 @@ def novelty_reward(device: torch.device | str = "cpu") -> Reward:
 
     @torch.no_grad()
     def reward(images: Tensor, prompts: Sequence[str], trajectory: Trajectory) -> Tensor:
-        features = clip.image_tower(images)
-        ids = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        group = torch.tensor([ids[prompt] for prompt in prompts], device=images.device)
-        same = (group[:, None] == group).float().fill_diagonal_(0)  # (B, B)
-        return (torch.cdist(features, features) * same).sum(1) / same.sum(1).clamp(min=1)
+        return distance_to_others(clip.image_tower(images), prompts)
 
     return reward
+
+
+def variety_reward(device: torch.device | str = "cpu") -> Reward:
+    """Mean distance of a right picture to the other right ones of its prompt: style, size, place, background.
+
+    Every picture stands for its nearest valid scene, painted anew, so that noise, blur and wrong objects earn
+    nothing; distances are in features of the referee. NaN, no say, for pictures that the referee calls wrong and
+    where no second one is right: being right is for other rewards, this one chooses among those that are.
+    """
+    referee = load_referee(device)
+
+    @torch.no_grad()
+    def reward(images: Tensor, prompts: Sequence[str], trajectory: Trajectory) -> Tensor:
+        right = torch.stack(list(judges.verdict(referee, images, prompts).values())).all(0).to(images.device)
+        painted = judges.nearest_scene(images, prompts).paint(prompts).to(images.device)
+        return distance_to_others(referee.features(painted), prompts, right)
+
+    return reward
+
+
+def distance_to_others(features: Tensor, prompts: Sequence[str], counted: Tensor | None = None) -> Tensor:
+    """Mean distance (B,) of features (B, D) to those of the other samples of the same prompt.
+
+    With `counted` bool (B,) only these have a distance and are others; NaN for the rest and where none is left.
+    """
+    ids = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+    group = torch.tensor([ids[prompt] for prompt in prompts], device=features.device)
+    same = (group[:, None] == group).float().fill_diagonal_(0)  # (B, B)
+    if counted is not None:
+        same = same * counted[:, None] * counted
+    total, others = (torch.cdist(features, features) * same).sum(1), same.sum(1)
+    return total / others if counted is not None else total / others.clamp(min=1)
 
 
 def pseudo_log_likelihood(generator: EmojiGenerator, tokens: Tensor, prompts: Sequence[str]) -> Tensor:
