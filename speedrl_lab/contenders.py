@@ -24,7 +24,7 @@ from speedrl_lab.generators import load_generator
 from speedrl_lab.rewards.embedded import load_detector
 from speedrl_lab.runs import outputs_root
 from speedrl_lab.sampler import sample
-from speedrl_lab.search import best_samplers, load_base_samplers_by_passes, with_passes
+from speedrl_lab.search import best_samplers, load_base_samplers_by_passes, prompt_scores, with_passes
 
 BASE, USUAL = "base", "base, usual"
 OWN_PACE = "{}, own pace"
@@ -94,9 +94,24 @@ def base_contenders(base: MaskedGenerator, budgets: Sequence[int], usual: bool =
     most = max(budgets)
     found = [Contender(BASE, [base], {budget: known[budget] for budget in wanted})]
     if usual:
-        sampler = SamplerConfig(steps=most, order="confidence", guidance_scale=3.0)
-        found.append(Contender(USUAL, [base], {most: sampler}))
+        found.append(Contender(USUAL, [base], {most: usual_sampler(most)}))
     return found
+
+
+def usual_sampler(steps: int) -> SamplerConfig:
+    """How masked generators are usually sampled: confidence order, guidance 3."""
+    return SamplerConfig(steps=steps, order="confidence", guidance_scale=3.0)
+
+
+def usual_diversity(base: MaskedGenerator, prompts: Sequence[str], steps: int) -> float:
+    """Mean diversity of the usual base on `prompts`; kept like a search."""
+    detector, sampler = load_detector(base.device), usual_sampler(steps)
+    key = cache.fingerprint(search_key(base, prompts), sampler)
+    if (table := cache.load(FOLDER, key, ["diversity"], 1)) is None:
+        found = float(prompt_scores(base, list(dict.fromkeys(prompts)), sampler, detector)[:, 1].mean())
+        table = pd.DataFrame({"diversity": [found]})
+        cache.store(FOLDER, key, table)
+    return float(table.diversity[0])
 
 
 def tuned_contenders(
@@ -105,6 +120,7 @@ def tuned_contenders(
     prompts: Sequence[str],
     budgets: Sequence[int],
     own_steps: Sequence[int] = (8,),
+    least_diversity: float = 0.0,
 ) -> list[Contender]:
     """A tuned policy with searched samplers by passes, at its own pace of at most `own_steps` steps, or both.
 
@@ -121,7 +137,7 @@ def tuned_contenders(
     own = {} if kind == "none" else {steps: own_pool(kind, steps) for steps in own_steps}
     pools = {("passes", passes): pool for passes, pool in fixed.items()}
     pools |= {("steps", steps): pool for steps, pool in own.items()}
-    best = searched(trainings[0], prompts, pools)
+    best = searched(trainings[0], prompts, pools, least_diversity)
     found = []
     if fixed:
         found.append(Contender(name, list(trainings), {passes: best["passes", passes] for passes in fixed}))
@@ -138,12 +154,18 @@ def field_of(
     budgets: Sequence[int],
     own_steps: Sequence[int] = (8,),
     usual: bool = True,
+    diversity_share: float = 0.9,
 ) -> dict[str, Contender]:
-    """All contenders by name: base, and every policy searched on `prompts`; on the base's device."""
+    """All contenders by name: base, and every policy searched on `prompts`; on the base's device.
+
+    Settings with less than `diversity_share` of the usual base's diversity are marked down by what they lack
+    (`search.worth`); with 0 the search looks at quality alone.
+    """
     found = base_contenders(base, budgets, usual)
+    floor = diversity_share * usual_diversity(base, prompts, max(budgets)) if policies and diversity_share else 0.0
     for name, files in policies.items():
         trainings = [load_generator("emoji", str(base.device), file) for file in files]
-        found += tuned_contenders(name, trainings, prompts, budgets, own_steps)
+        found += tuned_contenders(name, trainings, prompts, budgets, own_steps, floor)
     field = {contender.name: contender for contender in found}
     if len(field) < len(found):
         raise ValueError(f"two policies would share a name; names: {[contender.name for contender in found]}")
@@ -171,21 +193,29 @@ def own_pool(kind: str, steps: int) -> list[SamplerConfig]:
     ]  # fmt: skip
 
 
-def searched(
-    generator: MaskedGenerator, prompts: Sequence[str], pools: Mapping[tuple[str, int], Sequence[SamplerConfig]]
-) -> dict[tuple[str, int], SamplerConfig]:
-    """`best_samplers`, each winner kept in outputs/cache/search under the hash of all that it depends on."""
-    shared = cache.fingerprint(
+def search_key(generator: MaskedGenerator, prompts: Sequence[str]) -> str:
+    """The hash of what all searches of a generator depend on."""
+    return cache.fingerprint(
         generator, load_detector(generator.device), list(prompts), SEARCHING,
         torch.__version__, torch.get_float32_matmul_precision(), generator.device.type,
     )  # fmt: skip
-    keys = {name: cache.fingerprint(shared, list(pool)) for name, pool in pools.items()}
+
+
+def searched(
+    generator: MaskedGenerator,
+    prompts: Sequence[str],
+    pools: Mapping[tuple[str, int], Sequence[SamplerConfig]],
+    least_diversity: float = 0.0,
+) -> dict[tuple[str, int], SamplerConfig]:
+    """`best_samplers`, each winner kept in outputs/cache/search under the hash of all that it depends on."""
+    shared = search_key(generator, prompts)
+    keys = {name: cache.fingerprint(shared, list(pool), least_diversity) for name, pool in pools.items()}
     best = {}
     for name, key in keys.items():
         if (table := cache.load(FOLDER, key, ["sampler"], 1)) is not None:
             best[name] = SamplerConfig(**json.loads(table.sampler[0]))
     missing = {name: pool for name, pool in pools.items() if name not in best}
-    for name, sampler in (best_samplers(generator, prompts, missing) if missing else {}).items():
+    for name, sampler in (best_samplers(generator, prompts, missing, least_diversity) if missing else {}).items():
         cache.store(FOLDER, keys[name], pd.DataFrame({"sampler": [json.dumps(asdict(sampler))]}))
         best[name] = sampler
     return {name: best[name] for name in pools}

@@ -25,20 +25,37 @@ BASE_SAMPLERS_BY_PASSES = compositor.DATA / "base_samplers_by_passes.json"
 Key = TypeVar("Key")
 
 
-def image_scores(
+def prompt_scores(
     generator: MaskedGenerator, prompts: Sequence[str], sampler: SamplerConfig, detector: torch.nn.Module
 ) -> torch.Tensor:
-    """What a search maximizes, (B,): 1 where the object counts are exact, plus PSNR / 100; two samples a prompt."""
+    """What a search looks at, (P, 2): quality and diversity of a prompt's two samples.
+
+    Quality is 1 where the object counts are exact, plus PSNR / 100, the mean of the two; diversity their
+    distance in features of the detector.
+    """
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
     images, _ = draw_pictures(generator, repeated, sampler, seed=0)
+    with torch.no_grad():
+        features = detector.features(images)
     exact = judges.verdict(detector, images, repeated)["counts"]
-    return exact + judges.nearest_scene(images, repeated).psnr / 100
+    quality = exact + judges.nearest_scene(images, repeated).psnr / 100  # (B,)
+    diversity = judges.diversity(features, SAMPLES_PER_PROMPT)  # (P,)
+    return torch.stack([quality.unflatten(0, (-1, SAMPLES_PER_PROMPT)).mean(1), diversity.cpu()], 1)
+
+
+def worth(scores: torch.Tensor, least_diversity: float = 0.0) -> float:
+    """What a search maximizes: mean quality of scores (P, 2), less the share by which diversity falls short."""
+    quality, diversity = scores.mean(0).tolist()
+    return quality - max(0.0, 1 - diversity / least_diversity) if least_diversity else quality
 
 
 def best_samplers(
-    generator: MaskedGenerator, prompts: Sequence[str], pools: Mapping[Key, Sequence[SamplerConfig]]
+    generator: MaskedGenerator,
+    prompts: Sequence[str],
+    pools: Mapping[Key, Sequence[SamplerConfig]],
+    least_diversity: float = 0.0,
 ) -> dict[Key, SamplerConfig]:
-    """The sampler of each pool with the best mean of `image_scores`: a fair base.
+    """The sampler of each pool with the best `worth` of its `prompt_scores`: a fair base.
 
     A pool of more than FINALISTS is screened on every SCREEN-th prompt first. Samplers that several pools
     share are drawn once; repeated prompts count once. Raises ValueError without prompts or for an empty pool.
@@ -54,10 +71,11 @@ def best_samplers(
 
     @cache
     def scores(sampler: SamplerConfig, part: int) -> torch.Tensor:
-        return image_scores(generator, parts[part], sampler, detector) if parts[part] else torch.zeros(0)
+        return prompt_scores(generator, parts[part], sampler, detector) if parts[part] else torch.zeros(0, 2)
 
     def ranked(pool: Sequence[SamplerConfig], stages: Sequence[int]) -> list[SamplerConfig]:
-        return sorted(pool, key=lambda sampler: -float(torch.cat([scores(sampler, part) for part in stages]).mean()))
+        seen = {sampler: torch.cat([scores(sampler, part) for part in stages]) for sampler in pool}
+        return sorted(pool, key=lambda sampler: -worth(seen[sampler], least_diversity))
 
     best = {}
     for key, pool in tqdm(pools.items(), desc="search", unit="pool"):

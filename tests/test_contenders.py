@@ -21,14 +21,15 @@ def outputs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """What the search looked at: an `image_scores` that likes low temperatures and few steps."""
+    """What the search looked at: a `prompt_scores` that likes low temperatures and few steps."""
     seen = []
 
     def scores(generator, prompts, sampler, detector):
         seen.append(sampler)
-        return torch.full((2 * len(prompts),), -sampler.temperature - sampler.steps / 100)
+        return torch.tensor([[-sampler.temperature - sampler.steps / 100, 10.0]] * len(prompts))
 
-    monkeypatch.setattr("speedrl_lab.search.image_scores", scores)
+    monkeypatch.setattr("speedrl_lab.search.prompt_scores", scores)
+    monkeypatch.setattr(contenders, "prompt_scores", scores)
     return seen
 
 
@@ -122,6 +123,15 @@ def test_a_second_search_looks_at_nothing_new(tokenizer, counted):
     other = len(counted)
     contenders.searched(headed(tokenizer, "none"), PROMPTS[:2], pools)
     assert len(counted) > other > spent
+    spent = len(counted)
+    contenders.searched(headed(tokenizer, "none"), PROMPTS, pools, least_diversity=5.0)
+    assert len(counted) > spent  # another question
+
+
+def test_the_usual_bases_diversity_is_looked_at_once(tokenizer, counted):
+    base = headed(tokenizer, "none")
+    assert contenders.usual_diversity(base, PROMPTS, 4) == 10.0 == contenders.usual_diversity(base, PROMPTS, 4)
+    assert counted == [contenders.usual_sampler(4)]
 
 
 def test_the_base_stands_there_at_its_best_and_as_usual(emoji):

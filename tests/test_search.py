@@ -16,18 +16,18 @@ GUIDANCE = [SamplerConfig(guidance_scale=scale) for scale in (1.0, 2.0, 3.0)]
 
 
 def preferring(wanted, calls):
-    """An `image_scores` that gives `wanted(sampler)` on every image and notes its calls."""
+    """A `prompt_scores` that gives `wanted(sampler)`, and 1 for diversity, on every prompt and notes its calls."""
 
     def scores(generator, prompts, sampler, detector):
         calls.append((sampler, tuple(prompts)))
-        return torch.full((2 * len(prompts),), float(wanted(sampler)))
+        return torch.tensor([[float(wanted(sampler)), 1.0]] * len(prompts))
 
     return scores
 
 
 def test_the_search_takes_the_best_sampler_of_each_number_of_steps(emoji, monkeypatch):
     winners = {1: 3.0, 4: 1.0}
-    monkeypatch.setattr(search, "image_scores", preferring(lambda s: s.guidance_scale == winners[s.steps], []))
+    monkeypatch.setattr(search, "prompt_scores", preferring(lambda s: s.guidance_scale == winners[s.steps], []))
     best = search.search_samplers(emoji, PROMPTS, [1, 4], GUIDANCE)
     assert {budget: config.guidance_scale for budget, config in best.items()} == winners
     assert {budget: config.steps for budget, config in best.items()} == {1: 1, 4: 4}
@@ -48,7 +48,7 @@ def test_guided_samplers_take_half_the_steps_of_a_number_of_passes(emoji):
 def test_a_large_pool_is_screened_and_shared_samplers_are_drawn_once(emoji, monkeypatch):
     calls = []
     pool = [SamplerConfig(temperature=1 + index / 10) for index in range(8)]
-    monkeypatch.setattr(search, "image_scores", preferring(lambda s: -abs(s.temperature - 1.3), calls))
+    monkeypatch.setattr(search, "prompt_scores", preferring(lambda s: -abs(s.temperature - 1.3), calls))
     best = search.best_samplers(emoji, [*PROMPTS, PROMPTS[0]], {"all": pool, "few": pool[2:5]})
     assert best == {"all": pool[3], "few": pool[3]}
     assert len(calls) == len(set(calls)) == 8 + 3
@@ -57,11 +57,27 @@ def test_a_large_pool_is_screened_and_shared_samplers_are_drawn_once(emoji, monk
     assert {prompts for _, prompts in calls[:8]} == {tuple(PROMPTS[::3])}
 
 
-def test_a_search_judges_counts_and_crispness(emoji):
+def test_a_search_judges_counts_crispness_and_diversity(emoji):
     detector = search.load_detector(emoji.device)
-    scores = search.image_scores(emoji, PROMPTS[:3], SamplerConfig(steps=2), detector)
+    scores = search.prompt_scores(emoji, PROMPTS[:3], SamplerConfig(steps=2), detector)
     frame = score_samples({"base": emoji}, PROMPTS[:3], [2], 1)
-    assert np.allclose(scores, frame.accuracy + frame.psnr / 100, atol=1e-4)
+    frame["quality"] = frame.accuracy + frame.psnr / 100
+    expected = frame.groupby("prompt", sort=False)[["quality", "diversity"]].mean()
+    assert np.allclose(scores, expected.loc[PROMPTS[:3]], atol=1e-3)
+
+
+def test_what_lacks_diversity_is_marked_down_by_the_share_it_lacks(emoji, monkeypatch):
+    scores = torch.tensor([[1.2, 10.0], [0.8, 14.0]])
+    assert search.worth(scores) == pytest.approx(1.0) == search.worth(scores, least_diversity=12.0)
+    assert search.worth(scores, least_diversity=15.0) == pytest.approx(0.8)
+
+    def colder_is_better_and_more_alike(generator, prompts, sampler, detector):
+        return torch.tensor([[1 - sampler.temperature / 10, 20 * sampler.temperature]] * len(prompts))
+
+    monkeypatch.setattr(search, "prompt_scores", colder_is_better_and_more_alike)
+    pool = {"all": [SamplerConfig(temperature=t) for t in (0.7, 0.9, 1.0)]}
+    assert search.best_samplers(emoji, PROMPTS, pool)["all"].temperature == 0.7
+    assert search.best_samplers(emoji, PROMPTS, pool, least_diversity=18.0)["all"].temperature == 0.9
 
 
 def test_searched_samplers_round_trip(tmp_path, monkeypatch):
