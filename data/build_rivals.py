@@ -21,7 +21,8 @@ from speedrl_lab.runs import outputs_root
 
 BUDGET = 120_000
 RL = {
-    "quality_weights": {"verified": 1.0, "coherence": 0.5, "clip": 0.3, "novelty": 0.4}, "practice_steps": [1, 2],
+    "quality_weights": {"verified": 1.0, "coherence": 0.5, "clip": 0.3, "variety": 0.8}, "practice_steps": [1, 2],
+    "kl_weight": 0.05,
     "speed_form": "lagrangian", "speed_weight": 0.3, "target_steps": 3.0, "ema_decay": 0.9,
 }  # fmt: skip
 METHODS = {
@@ -29,8 +30,8 @@ METHODS = {
              "reverse_share": 1.0},
     "dimo": {"method": "dimo", "distill_iterations": 82, "start_noise": 0.4},
     "adanat": {"iterations": 180, "schedule": "adaptive", "trained": "schedule", "pace_learning_rate": 4e-3,
-               "quality_weights": RL["quality_weights"], "speed_form": "lagrangian", "speed_weight": 0.3,
-               "target_steps": 4.0},
+               "quality_weights": {"verified": 1.0, "coherence": 0.5, "clip": 0.3, "novelty": 0.4},
+               "speed_form": "lagrangian", "speed_weight": 0.3, "target_steps": 4.0},
     "speed-rl": {"iterations": 92, **RL},
     "dimo-half": {"method": "dimo", "distill_iterations": 41},
     "distil-then-rl": {"iterations": 46, "learning_rate": 1e-4, **RL},

@@ -35,8 +35,9 @@ KINDS = (
     SamplerConfig(schedule="power"),
     SamplerConfig(schedule="power", power=2.0),
 )
+TEMPERATURES = (1.0, 0.8, 1.2)
 CANDIDATES = (
-    *(replace(kind, temperature=temperature) for kind in KINDS for temperature in (1.0, 0.8)),
+    *(replace(kind, temperature=temperature) for kind in KINDS for temperature in TEMPERATURES),
     *(replace(kind, guidance_scale=2.0) for kind in (KINDS[0], KINDS[2])),
 )
 """What a tuned policy may be sampled with."""
@@ -186,7 +187,7 @@ def fixed_pool(passes: int) -> list[SamplerConfig]:
 
 def own_pool(kind: str, steps: int) -> list[SamplerConfig]:
     """Settings with which a `paced` or `adaptive` head chooses, in at most so many steps."""
-    temperatures = (1.0,) if kind == "adaptive" else (1.0, 0.8)
+    temperatures = (1.0,) if kind == "adaptive" else TEMPERATURES
     return [
         SamplerConfig(steps=steps, schedule=kind, greedy_pace=greedy, temperature=temperature)
         for greedy in (True, False) for temperature in temperatures
