@@ -117,7 +117,8 @@ class TrainConfig(_Checked):
     clip_range: float = 0.2
     """Epsilon of the PPO clip on the per-token probability ratio."""
     micro_batch_size: int = 32
-    """Rows scored at once in the update; changes memory, not the gradient."""
+    """Rows scored at once in the update; changes memory, not the gradient. 0: of 64, 32, ... the most that fit into
+    the memory that is free when the run starts, as the planner counts it."""
     gradient_checkpointing: bool = False
     """Recompute each block of the network in the backward pass: less memory, about a third more time."""
     policy_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -182,7 +183,7 @@ class TrainConfig(_Checked):
         )
         self._require(self.inner_epochs >= 1, "inner_epochs", "at least 1")
         self._require(0 < self.clip_range < 1, "clip_range", "a number between 0 and 1")
-        self._require(self.micro_batch_size >= 1, "micro_batch_size", "at least 1")
+        self._require(self.micro_batch_size >= 0, "micro_batch_size", "at least 1, or 0 for what fits")
         self._require(self.learning_rate > 0, "learning_rate", "a positive number")
         self._require(self.kl_weight >= 0, "kl_weight", "a number of at least 0")
         self._require(

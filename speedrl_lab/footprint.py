@@ -84,10 +84,10 @@ def update_peak(generator: MaskedGenerator, config: TrainConfig) -> int:
     visit = Visit(0, samples, _states(generator, count), every, every, every, every, every.float())
     cond, sampler = generator.null(count), _guided(config.sampler)
     with _watched(generator) as alive:
-        log_probs = visit_logits(generator, visit, cond, sampler)
-        chosen = log_probs.gather(1, visit.codes[:, None]).squeeze(1)
         with torch.no_grad():
             anchor = visit_logits(generator, visit, cond, sampler)
+        log_probs = visit_logits(generator, visit, cond, sampler)
+        chosen = log_probs.gather(1, visit.codes[:, None]).squeeze(1)
         value, _, _ = clipped_surrogate(chosen, visit.stored, visit.stored, config.clip_range)
         kl = kl_penalty(log_probs, anchor, visit.codes, config.kl_estimator)
         (kl - value).sum().backward()

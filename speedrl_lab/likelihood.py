@@ -121,7 +121,7 @@ def _proposed(trajectory: Trajectory, batch_size: int) -> Iterator[Visit]:
             )
 
 
-def _remasked(trajectory: Trajectory, estimator: str, seed: int, batch_size: int) -> Iterator[Visit]:
+def _remasked(trajectory: Trajectory, estimator: str, seed: int, batch_size: int, first: int) -> Iterator[Visit]:
     """States made from final tokens by a fresh random mask; one share of masks for all samples.
 
     `one_step`: everything masked (d1, arXiv 2504.12216). `random_mask`: m of N masked, m uniform, weighted by
@@ -131,7 +131,7 @@ def _remasked(trajectory: Trajectory, estimator: str, seed: int, batch_size: int
     """
     count, num_tokens = trajectory.tokens.shape
     device = trajectory.tokens.device
-    keys = noise.fold(torch.full((count,), seed, device=device), torch.arange(count, device=device))
+    keys = noise.fold(torch.full((count,), seed, device=device), torch.arange(first, first + count, device=device))
     rank = noise.uniforms(keys, noise.MASK, 0, num_tokens).argsort(1).argsort(1)  # (B, N)
     share = float(noise.uniforms(torch.tensor([seed]), noise.MASK, 1, 1))
     match estimator:
@@ -168,8 +168,11 @@ def scored_states(
     order_factor: str = "exact",
     seed: int = 0,
     batch_size: int = 64,
+    first: int = 0,
 ) -> Iterator[Visit]:
-    """The states an estimator looks at and what it scores there; `seed` draws the masks it makes.
+    """The states an estimator looks at and what it scores there.
+
+    The masks that some make depend on `seed` and the number of a sample, counted from `first`.
 
     Raises ValueError for an unknown estimator, for states of an adaptive schedule in which it never acted, and
     for `replay` of a confidence order without noise, whose probability is 0 or 1.
@@ -183,7 +186,7 @@ def scored_states(
     elif estimator == "critical":
         yield from _replayed(trajectory, _critical(trajectory), batch_size)
     else:
-        yield from _remasked(trajectory, estimator, seed, batch_size)
+        yield from _remasked(trajectory, estimator, seed, batch_size, first)
 
 
 def check_likelihood(sampler: SamplerConfig | None, estimator: str, order_factor: str) -> None:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 KL_ESTIMATORS = ("cross_entropy", "exact", "k1", "k2", "k3")
+SAMPLED = ("k1", "k2", "k3")
+"""Those that look at the drawn codes alone."""
 LEAST_LOG_PROB = -1e5
 """Stands for log 0: its exponential is 0 and its square is finite, in float32."""
 MOST_LOG_RATIO = 20.0
@@ -44,7 +46,8 @@ def kl_penalty(policy: Tensor, reference: Tensor, codes: Tensor, estimator: str)
     """Each token's penalty (R,) for leaving the reference; whoever sums or averages it says so.
 
     From log-probabilities (R, V) of both; k1, k2 and k3 look only at the codes int64 (R,), which are
-    taken to be draws from `policy`. Over those draws (Schulman, "Approximating KL divergence", 2020):
+    taken to be draws from `policy`, and take the reference's at the codes alone, (R,), as well. Over those
+    draws (Schulman, "Approximating KL divergence", 2020):
 
     | estimator     | value                  | expected value | expected gradient |
     |---------------|------------------------|----------------|-------------------|
@@ -67,7 +70,8 @@ def kl_penalty(policy: Tensor, reference: Tensor, codes: Tensor, estimator: str)
         case "exact":
             return reverse_kl(policy, reference)
         case "k1" | "k2" | "k3":
-            return _sampled_kl(_chosen(policy, codes), _chosen(reference, codes), estimator)
+            anchor = _finite(reference) if reference.ndim == 1 else _chosen(reference, codes)
+            return _sampled_kl(_chosen(policy, codes), anchor, estimator)
         case _:
             raise ValueError(f"kl_estimator={estimator!r}: expected one of {', '.join(KL_ESTIMATORS)}")
 

@@ -7,7 +7,7 @@ own buffers, for which `MARGIN` is added.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from speedrl_lab.config import TrainConfig
 from speedrl_lab.footprint import decode_peak, rollout_peak, shadow, size_of, update_peak, values_of
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.likelihood import CRITICAL_SHARE
+from speedrl_lab.loss import kept_bytes, scored_tokens
 from speedrl_lab.precision import untrained
 from speedrl_lab.rewards import Reward
 from speedrl_lab.schedules import reveal_counts
@@ -121,6 +122,8 @@ def plan(
     if config is None:
         raise ValueError("config=None: expected the TrainConfig of the run; only a preset's name brings its own")
     device = torch.device(device or generator.device)
+    if config.micro_batch_size == 0:
+        config = replace(config, micro_batch_size=largest_micro_batch(generator, config, rewards, copies, device, free))
     blank = shadow(generator)
     policy = size_of(blank.policy.parameters())
     frozen = config.trained == "schedule"
@@ -156,10 +159,11 @@ def plan(
         "checkpoint": (0 if originals else policy) + trained,
     }
     if not frozen:
-        peaks[f"update (micro-batches of {config.micro_batch_size})"] = update_peak(blank, config)
+        kept = kept_bytes(config, scored_tokens(config, blank.spec.num_tokens), blank.spec.codebook_size)
+        peaks[f"update (micro-batches of {config.micro_batch_size})"] = update_peak(blank, config) + kept
     return Plan(
         device=str(device),
-        passes=passes(config, blank.spec.num_tokens),
+        passes=passes(config, blank.spec.num_tokens, blank.spec.codebook_size),
         iterations=config.iterations,
         stays={part: size for part, size in stays.items() if size},
         peaks={part: size for part, size in peaks.items() if size},
@@ -169,7 +173,27 @@ def plan(
     )
 
 
-def passes(config: TrainConfig, num_tokens: int) -> dict[str, int]:
+def largest_micro_batch(
+    generator: MaskedGenerator,
+    config: TrainConfig,
+    rewards: Mapping[str, Reward] | Sequence[str] = (),
+    copies: int = 0,
+    device: torch.device | str | None = None,
+    free: int | None = None,
+) -> int:
+    """What `micro_batch_size=0` stands for: of 64, 32, ... 1 rows, or all of fewer samples, the most that fit.
+
+    1 where none fits. Arguments as those of `plan`.
+    """
+    samples = config.num_groups * config.group_size
+    for size in (64, 32, 16, 8, 4, 2):
+        tried = replace(config, micro_batch_size=size)
+        if size < 2 * samples and plan(generator, tried, rewards, copies, device, free).fits:
+            return size
+    return 1
+
+
+def passes(config: TrainConfig, num_tokens: int, codebook_size: int = 1) -> dict[str, int]:
     """Forward passes of one iteration, those of `record["forwards"]` and `record["passes"]`; at most, where steps
     vary. Raises ValueError for more steps than tokens."""
     sampler, samples = config.sampler, config.num_groups * config.group_size
@@ -184,7 +208,9 @@ def passes(config: TrainConfig, num_tokens: int) -> dict[str, int]:
     }[config.estimator]
     counted = {"rollout": samples * sampler.steps * guided}
     if config.trained == "policy":
-        counted["update"] = 4 * config.inner_epochs * samples * states * guided
+        kept = kept_bytes(config, scored_tokens(config, num_tokens), codebook_size)
+        references = 1 if kept else config.inner_epochs
+        counted["update"] = samples * states * guided * (3 * config.inner_epochs + references)
     return counted
 
 

@@ -3,7 +3,8 @@
 Read `train` top to bottom: rollout, score, advantages, update, record. The paper's code and formulas
 are not public. Ours, by default: the step count is an action of a pace head, the order is independent of
 the model so that the replayed trajectory probability is exact, every reward is z-scored before it is
-weighted, and the penalty is a full-vocabulary KL to the starting point. Left out: several GPUs.
+weighted, and the penalty is a full-vocabulary KL to the starting point. Launched as several processes, each
+draws its share of the groups (`parallel`), and the loop below is the same.
 """
 
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedrl_lab import noise
+from speedrl_lab import noise, parallel
 from speedrl_lab.advantage import Advantages, combine
 from speedrl_lab.config import HEADED, VARYING, SamplerConfig, TrainConfig
 from speedrl_lab.generator import MaskedGenerator
@@ -39,6 +40,8 @@ def train(
     Stop by leaving the loop: with a `run` the state is saved; call again to go on from there, bit for bit
     on a CPU. When the smoothed progress collapses, the best weights are restored and the loop ends.
 
+    Where several processes train together, all call it alike and get the same records; the main one writes.
+
     `steer` is asked before each iteration, by its number, for weights to change (a quality reward, `speed` or
     `kl`). They are in force from that iteration on, resumed or not, instead of constants and schedules; its
     record lists them as `changed`.
@@ -48,17 +51,21 @@ def train(
     check(generator, prompts, rewards, config)
     if config.sampler.schedule in HEADED and generator.pace is None:
         generator.pace = head_for(config.sampler.schedule, config.seed).to(generator.device)
+    parallel.same_start(module for module in (generator.policy, generator.pace) if module is not None)
     learner = Learner(generator, config)
     if run is not None:
-        saved = run.load_checkpoint()
-        if saved is None:
-            run.save_checkpoint(learner.state())  # so that a second call knows where the first began
-        else:
+        with parallel.main_first():
+            saved = run.load_checkpoint()
+        if saved is not None:
             learner.restore(saved)
+        elif parallel.is_main():
+            run.save_checkpoint(learner.state())  # so that a second call knows where the first began
+    run = run if parallel.is_main() else None  # one process writes
     while learner.iteration < config.iterations and not learner.guard.collapsed:
         began = time.perf_counter()
         if steer is not None:
-            _change(learner, rewards, steer(learner.iteration + 1), run)
+            asked = steer(learner.iteration + 1) if parallel.is_main() else None
+            _change(learner, rewards, parallel.from_main(asked), run)
         drawn, weights = rollout(generator, prompts, rewards, config, learner.iteration), learner.weights
         practised = drawn.trajectory.sampler != config.sampler
         if practised:
@@ -141,6 +148,7 @@ def check(
     if config.sampler.steps > generator.spec.num_tokens:
         most = generator.spec.num_tokens
         raise ValueError(f"steps={config.sampler.steps}: expected 1 to {most}; nearest: {most}")
+    parallel.require_whole_groups(config.num_groups)
     generator.encode(list(prompts))  # an unreadable prompt fails here, not in iteration 300
 
 
@@ -153,24 +161,32 @@ def rollout(
 ) -> Rollout:
     """Draw `num_groups` prompts and `group_size` samples of each, decode and score them.
 
-    Everything random depends on (seed, iteration) alone.
+    Everything random depends on (seed, iteration) alone; each of several processes draws its share of the groups,
+    and a sample is the same whoever draws it. ValueError for a reward of another shape, or infinite, or at first NaN.
     """
     rng = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
     chosen = torch.randperm(len(prompts), generator=rng)[: config.num_groups].tolist()
-    repeated = [prompts[index] for index in chosen for _ in range(config.group_size)]
+    repeated = [prompts[index] for index in parallel.own(chosen) for _ in range(config.group_size)]
     key = noise.fold(torch.tensor([config.seed]), iteration)
     trajectory = sample(generator, repeated, sampler_at(config, iteration), seed=int(key))
     images = generator.decode(trajectory.tokens)
     scored = {name: reward(images, repeated, trajectory).float() for name, reward in rewards.items()}
-    for name, value in scored.items():
-        unusable = value.isinf().any() or (iteration == 0 and value.isnan().all())
-        if value.shape != (len(repeated),) or unusable:
-            raise ValueError(
-                f"reward {name!r} gave shape {tuple(value.shape)}"
-                f"{' with infinite values or nothing but NaN' if unusable else ''}; expected {len(repeated)} numbers "
-                "(NaN for a sample that cannot be scored)"
-            )
+    scored = {name: _gathered(name, value, len(repeated), iteration == 0) for name, value in scored.items()}
     return Rollout(repeated, trajectory, images, scored)
+
+
+def _gathered(name: str, value: Tensor, count: int, first: bool) -> Tensor:
+    """A reward's values for the samples of all processes; raises ValueError in one line for what is no reward (B,)."""
+    fits = value.shape == (count,)
+    everyone = parallel.gather(value) if fits else value
+    unusable = everyone.isinf().any() or (first and everyone.isnan().all())
+    if not fits or unusable:
+        raise ValueError(
+            f"reward {name!r} gave shape {tuple(value.shape)}"
+            f"{' with infinite values or nothing but NaN' if unusable else ''}; expected {count} numbers "
+            "(NaN for a sample that cannot be scored)"
+        )
+    return everyone
 
 
 def sampler_at(config: TrainConfig, iteration: int) -> SamplerConfig:
@@ -229,9 +245,9 @@ def describe(
         "changed": {name: weight for name, (first, weight) in learner.changed.items() if first == learner.iteration},
         "effective_weights": advantages.effective_weights,
         "masked": advantages.masked,
-        "steps": float(trajectory.steps.float().mean()),
-        "forwards": int(trajectory.forwards.sum()),
-        "diversity": within_group_diversity(drawn.images, config.group_size),
+        "steps": parallel.mean(float(trajectory.steps.float().mean())),
+        "forwards": int(parallel.total(trajectory.forwards.sum())),
+        "diversity": parallel.mean(within_group_diversity(drawn.images, config.group_size)),
         "dropped": int((~advantages.kept).sum()),
         "silent_groups": advantages.silent_groups,
         "silent_rewards": list(advantages.silent_rewards),

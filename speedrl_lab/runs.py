@@ -8,12 +8,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-import torch
+from typing import TYPE_CHECKING, Any
 
 from speedrl_lab.events import EventFile
+
+if TYPE_CHECKING:  # loaded where they are used: the command line needs no more of this module than the folder's name
+    import pandas as pd
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT_VERSION = 2
@@ -33,13 +34,17 @@ def write_atomic(path: Path, text: str) -> None:
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors and plain values so that readers see the old or the new file, never a part."""
+    import torch
+
     partial = path.with_suffix(".partial")
     torch.save(dict(state), partial)
     partial.replace(path)
 
 
-def read_checkpoint(path: Path, device: torch.device | str = "cpu") -> Any:
+def read_checkpoint(path: Path, device: "torch.device | str" = "cpu") -> Any:
     """What `write_checkpoint` wrote, no pickled code; ValueError in one line for a truncated or foreign file."""
+    import torch
+
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
@@ -95,8 +100,10 @@ class Run:
             self._events = EventFile(self.path, record["iteration"])
         self._events.write(record)
 
-    def records(self) -> pd.DataFrame:
+    def records(self) -> "pd.DataFrame":
         """All records so far, nested rewards as `rewards.<name>` columns."""
+        import pandas as pd
+
         return pd.json_normalize(self._read())
 
     def _read(self) -> list[dict[str, Any]]:
@@ -116,16 +123,22 @@ class Run:
         write_checkpoint(self.path / "checkpoint.pt", {"version": CHECKPOINT_VERSION, **state})
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint or None; drops records written after it. ValueError for a broken file."""
+        """The last checkpoint or None; drops records written after it. ValueError for a broken file.
+
+        Of several processes that train together all read, and the main one drops.
+        """
+        from speedrl_lab import parallel
+
         self._events = None  # what comes next replaces what was logged after the checkpoint
         path = self.path / "checkpoint.pt"
         if not path.is_file():
-            self.metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+            if parallel.is_main():
+                self.metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
             return None
         state = read_checkpoint(path)
         if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
             raise ValueError(f"{path} is not a version {CHECKPOINT_VERSION} checkpoint of this project")
-        if self.metrics.is_file():
+        if self.metrics.is_file() and parallel.is_main():
             kept = [record for record in self._read() if record["iteration"] <= state["iteration"]]
             write_atomic(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return state

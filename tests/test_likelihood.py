@@ -313,6 +313,15 @@ def test_masks_of_an_estimator_come_from_its_seed(emoji, estimator):
     assert torch.equal(first, again) and not torch.allclose(first, other)
 
 
+@pytest.mark.parametrize("estimator", ["random_mask", "coupled", "one_step"])
+def test_a_part_of_the_samples_gets_the_masks_it_has_among_all(emoji, estimator):
+    trajectory = sample(emoji, PROMPTS, SamplerConfig(steps=4, schedule="power"))
+    part = trajectory.select(torch.tensor([3, 4]))
+    whole = list(scored_states(trajectory, estimator, seed=5))
+    for visit, other in zip(scored_states(part, estimator, seed=5, first=3), whole, strict=True):
+        assert torch.equal(visit.tokens, other.tokens[3:]) and visit.weight == other.weight
+
+
 def test_critical_steps_leave_no_empty_states(emoji):
     trajectory = sample(emoji, PROMPTS, SamplerConfig(steps=8, schedule="power"))
     states = list(scored_states(trajectory, "critical"))
