@@ -53,21 +53,41 @@ class Cond:
     """Encoded prompts: named tensors with one row a prompt; opaque to everyone but their generator."""
 
     tensors: dict[str, Tensor]
+    owners: Tensor | None = None
+    """Row of the tensors that each prompt has, int64, where large tensors are shared; None where row i is prompt i's.
+    Only a generator's own `prepare` makes such."""
 
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return len(next(iter(self.tensors.values())) if self.owners is None else self.owners)
 
     def index(self, rows: Tensor) -> "Cond":
         """The prompts at `rows`."""
+        if self.owners is not None:
+            return Cond(self.tensors, self.owners[rows])
         return Cond({name: value[rows] for name, value in self.tensors.items()})
 
     def repeat_interleave(self, times: int) -> "Cond":
         """Group-major copies: sample j of prompt i at row i * times + j."""
+        if self.owners is not None:
+            return Cond(self.tensors, self.owners.repeat_interleave(times))
         return Cond({name: value.repeat_interleave(times, 0) for name, value in self.tensors.items()})
 
     def cat(self, other: "Cond") -> "Cond":
-        """The rows of both."""
+        """The rows of both; shared tensors must be the same ones."""
+        if self.owners is not None:
+            return Cond(self.tensors, torch.cat([self.owners, other.owners]))
         return Cond({name: torch.cat([value, other.tensors[name]]) for name, value in self.tensors.items()})
+
+    def shared(self) -> "Cond":
+        """The same prompts, which `index` then copies by number alone."""
+        return Cond(self.tensors, torch.arange(len(self), device=next(iter(self.tensors.values())).device))
+
+    def take(self, name: str) -> Tensor:
+        """A tensor with one row a prompt, shared or not."""
+        value = self.tensors[name]
+        if self.owners is None:
+            return value
+        return value.expand(len(self), *value.shape[1:]) if len(value) == 1 else value[self.owners]
 
 
 class MaskedGenerator(Protocol):
@@ -115,6 +135,15 @@ class MaskedGenerator(Protocol):
         ...
 
 
+def prepared(generator: MaskedGenerator, cond: Cond) -> Cond:
+    """`cond` with what no step changes computed once, where the generator has a `prepare(cond)`; else as it is.
+
+    For loops without gradient in which the weights stand still: the result holds numbers made of them.
+    """
+    own = getattr(generator, "prepare", None)
+    return cond if own is None else own(cond)
+
+
 def guided_logits(
     generator: MaskedGenerator,
     tokens: Tensor,
@@ -122,12 +151,23 @@ def guided_logits(
     guidance_scale: float,
     step: StepInfo,
     rows: Tensor | None = None,
+    null: Cond | None = None,
+    alike: bool = False,
 ) -> Tensor:
-    """z = u + s (c - u); s = 1 is no guidance and one pass, anything else two passes in one batch."""
+    """z = u + s (c - u); s = 1 is no guidance and one pass, anything else two passes in one batch.
+
+    `null` is one unconditional row, made here where it is not given. `alike` says that all rows of tokens are
+    equal, so that one unconditional pass serves them all.
+    """
     if guidance_scale == 1.0:
         return generator.logits(tokens, cond, step, rows)
-    count = len(tokens)
-    both = cond.cat(generator.null(count))
-    doubled = None if rows is None else torch.cat([rows, rows + tokens.numel()])
-    conditional, unconditional = generator.logits(tokens.repeat(2, 1), both, step, doubled).chunk(2)
+    count, num_tokens = tokens.shape
+    free = 1 if alike else count
+    unprompted = generator.null(free) if null is None else null.index(tokens.new_zeros(free))
+    if rows is None and alike:
+        rows, shape = torch.arange(tokens.numel(), device=tokens.device), (count, num_tokens, -1)
+        return guided_logits(generator, tokens, cond, guidance_scale, step, rows, null, alike).view(shape)
+    both = None if rows is None else torch.cat([rows, (rows % num_tokens if alike else rows) + tokens.numel()])
+    logits = generator.logits(torch.cat([tokens, tokens[:free]]), cond.cat(unprompted), step, both)
+    conditional, unconditional = logits.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)

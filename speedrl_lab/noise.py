@@ -30,8 +30,14 @@ def _mix(x: Tensor) -> Tensor:
 
 def fold(keys: Tensor, number: int | Tensor) -> Tensor:
     """New keys from keys and a number, or a tensor of numbers that broadcasts against them."""
-    number = torch.as_tensor(number, dtype=torch.int64, device=keys.device)
-    return _mix(keys * 3 + (number + 1) * torch.tensor(_GOLDEN, device=keys.device))
+    if isinstance(number, int):  # on the host, so that no number is copied to a device
+        return _mix(keys * 3 + _wrapped((number + 1) * _GOLDEN))
+    return _mix(keys * 3 + (number.to(keys.device, torch.int64) + 1) * _GOLDEN)
+
+
+def _wrapped(number: int) -> int:
+    """The int64 of the same last 64 bits."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def occurrences(prompts: Sequence[str]) -> list[int]:
@@ -53,6 +59,10 @@ def row_keys(seed: int, prompts: Sequence[str], device: torch.device | str = "cp
 
 def uniforms(keys: Tensor, purpose: int, step: int, count: int) -> Tensor:
     """Numbers in (0, 1), float32 (B, count), one per position."""
-    positions = torch.arange(count, device=keys.device)
+    return uniforms_at(keys, purpose, step, torch.arange(count, device=keys.device))
+
+
+def uniforms_at(keys: Tensor, purpose: int, step: int, positions: Tensor) -> Tensor:
+    """Those of `uniforms` at some positions, float32 (B, M): from int64 (M,), or (B, M)."""
     bits = fold(fold(fold(keys, purpose), step)[:, None], positions)
-    return ((_shift(bits, 41)).double() + 0.5).mul(2.0**-23).float()
+    return _shift(bits, 41).float().add(0.5).mul(2.0**-23)  # 23 bits and a half: exact

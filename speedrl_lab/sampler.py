@@ -1,8 +1,10 @@
 """The only loop that draws random numbers: unmask tokens step by step and record how.
 
-A step costs one forward pass of the network on each unfinished sample, two with guidance. The head is
-computed only at the rows that need it. Sampling mathematics is float32; a token is drawn by inverting
-the cumulative distribution with one uniform number.
+A step costs one forward pass of the network on each unfinished sample, two with guidance. The first pass sees
+masks alone and is computed once a prompt, whatever the number of its samples; unconditionally once. The head is
+computed only at the rows that need it, and prompts once before the loop. With a fixed schedule the loop never
+waits for the device. Sampling mathematics is float32; a token is drawn by inverting the cumulative distribution
+with one uniform number.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +16,18 @@ from torch.nn import functional
 
 from speedrl_lab import noise
 from speedrl_lab.config import HEADED, VARYING, SamplerConfig
-from speedrl_lab.generator import Cond, MaskedGenerator, StepInfo, guided_logits
+from speedrl_lab.draws import (
+    choice_level,
+    fixed_counts,
+    fixed_orders,
+    inverse_cdf,
+    plackett_luce,
+    planned_counts,
+    start_tokens,
+)
+from speedrl_lab.generator import Cond, MaskedGenerator, StepInfo, guided_logits, prepared
 from speedrl_lab.pace import FEATURES, pace_features
-from speedrl_lab.schedules import halton_order, reveal_counts, shifted_orders
+from speedrl_lab.schedules import reveal_counts
 from speedrl_lab.trajectory import Trajectory
 
 
@@ -27,12 +38,16 @@ def policy_logits(
     sampler: SamplerConfig,
     step: StepInfo,
     rows: Tensor | None = None,
+    null: Cond | None = None,
+    alike: bool = False,
 ) -> Tensor:
     """Logits of the distribution that is sampled: guided, divided by the temperature, float32.
 
-    Rollouts and likelihoods both call this one function, so that they cannot differ.
+    Rollouts and likelihoods both call this one function, so that they cannot differ. `null` and `alike` are
+    those of `guided_logits`.
     """
-    return guided_logits(generator, tokens, cond, sampler.guidance_scale, step, rows) / sampler.temperature
+    logits = guided_logits(generator, tokens, cond, sampler.guidance_scale, step, rows, null, alike)
+    return logits if sampler.temperature == 1.0 else logits / sampler.temperature
 
 
 def steered_log_probs(
@@ -43,81 +58,27 @@ def steered_log_probs(
     rows: Tensor,
     temperatures: Tensor,
     scales: Tensor,
+    null: Cond | None = None,
+    alike: bool = False,
 ) -> Tensor:
     """Log-probabilities (R, V) under the temperature and guidance that each sample took, both (S,).
 
     From conditional ones at flat indices `rows` (R,) into tokens (S, N). Samples whose scale is not 1 cost a
-    second, unconditional pass; the others none. Rollouts and likelihoods both call this one function.
+    second, unconditional pass; the others none. `null` and `alike` are those of `guided_logits`. Rollouts and
+    likelihoods both call this one function.
     """
     owners, position = rows // tokens.shape[1], rows % tokens.shape[1]  # (R,)
     guided = scales != 1.0  # (S,)
     if guided.any():
         inside = guided[owners].nonzero().flatten()
         place = guided.cumsum(0) - 1  # of a sample among the guided ones
-        wanted = place[owners[inside]] * tokens.shape[1] + position[inside]
-        free = generator.logits(tokens[guided], generator.null(int(guided.sum())), step, wanted)
+        seen = tokens[:1] if alike else tokens[guided]
+        wanted = position[inside] if alike else place[owners[inside]] * tokens.shape[1] + position[inside]
+        unprompted = generator.null(len(seen)) if null is None else null.index(seen.new_zeros(len(seen)))
+        free = generator.logits(seen, unprompted, step, wanted)
         moved = free + scales[owners[inside], None] * (log_probs[inside] - free)
         log_probs = log_probs.index_copy(0, inside, moved)
     return (log_probs / temperatures[owners, None]).log_softmax(-1)
-
-
-def inverse_cdf(log_probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one code a row: int64 (R,) from log-probabilities (R, V) and numbers (R,) in (0, 1)."""
-    cumulative = log_probs.exp().cumsum(-1)  # (R, V)
-    target = uniforms[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target).squeeze(1).clamp(max=log_probs.shape[1] - 1)
-
-
-def plackett_luce(scores: Tensor, picks: Tensor) -> Tensor:
-    """Log-probability (B,) of drawing the indices `picks` (B, k) in this order, without replacement.
-
-    Each draw is a softmax over the scores (B, M) still there; adding Gumbel noise to the scores and taking
-    the k largest, in order, draws from it (Plackett-Luce; Kool et al., arXiv 1903.06059).
-    """
-    chosen = scores.gather(1, picks)  # (B, k)
-    rest = scores.scatter(1, picks, -torch.inf).logsumexp(1, keepdim=True)  # (B, 1), never drawn
-    left = torch.cat([chosen, rest], 1).flip(1).logcumsumexp(1).flip(1)  # (B, k + 1), there at each draw
-    return (chosen - left[:, :-1]).sum(1)
-
-
-def choice_level(sampler: SamplerConfig, step: int) -> float:
-    """Scale of the Gumbel noise on the confidences at a step; 0 at the last one, where all are kept."""
-    return sampler.choice_temperature * (1 - (step + 1) / sampler.steps)
-
-
-def fixed_orders(generator: MaskedGenerator, sampler: SamplerConfig, keys: Tensor) -> Tensor:
-    """Positions in the order of revealing, int64 (B, N): Halton shifted and flipped a row, or random."""
-    grid, num_tokens = generator.spec.grid, generator.spec.num_tokens
-    if sampler.order == "random":
-        return noise.uniforms(keys, noise.ORDER, 0, num_tokens).argsort(1)
-    uniforms = noise.uniforms(keys, noise.ORDER, 0, 4)
-    return shifted_orders(halton_order(*grid).to(keys.device), grid, uniforms)
-
-
-def fixed_counts(num_tokens: int, sampler: SamplerConfig, keys: Tensor) -> Tensor:
-    """How many positions each step reveals as far as it does not depend on the model, int64 (B, T).
-
-    For a random budget each row has its own number of steps, zeros after it. Raises ValueError for
-    steps > N.
-    """
-    kind = sampler.schedule if sampler.schedule in ("cosine", "linear", "arccos") else "power"
-    if sampler.schedule != "random_budget":
-        counts = reveal_counts(num_tokens, sampler.steps, kind, sampler.power)
-        return counts.to(keys.device).expand(len(keys), -1)
-    budgets = range(1, sampler.steps + 1)
-    table = [functional.pad(reveal_counts(num_tokens, n, kind, sampler.power), (0, sampler.steps - n)) for n in budgets]
-    drawn = (noise.uniforms(keys, noise.BUDGET, 0, 1)[:, 0] * sampler.steps).long()  # (B,)
-    return torch.stack(table).to(keys.device)[drawn]
-
-
-def start_tokens(num_tokens: int, codebook_size: int, mask_id: int, share: float, keys: Tensor) -> Tensor:
-    """What the first step sees, int64 (B, N): masks, and random codes at round(share * N) positions."""
-    shown = torch.full((len(keys), num_tokens), mask_id, device=keys.device)
-    if share == 0:
-        return shown
-    rank = noise.uniforms(keys, noise.START, 0, num_tokens).argsort(1).argsort(1)  # (B, N)
-    codes = (noise.uniforms(keys, noise.START, 1, num_tokens) * codebook_size).long()
-    return torch.where(rank < round(share * num_tokens), codes, shown)
 
 
 def require_head(generator: MaskedGenerator, sampler: SamplerConfig) -> None:
@@ -156,9 +117,15 @@ def sample(
     reveal_counts(spec.num_tokens, sampler.steps)  # raises where there are more steps than tokens
     if len(prompts) == 0:
         raise ValueError("no prompts given; expected at least one")
-    cond = generator.encode(prompts)
+    unique = list(dict.fromkeys(prompts))
+    place = {prompt: row for row, prompt in enumerate(unique)}
+    pool = generator.encode(unique)
+    if sampler.guidance_scale != 1.0 or sampler.schedule == "adaptive":
+        pool = pool.cat(generator.null(1))  # behind the prompts, so that all that is shared is made in one go
+    pool = prepared(generator, pool)
     keys = noise.row_keys(seed, prompts, generator.device)
-    state = _Unmasking(generator, sampler, keys, cond)
+    owners = torch.tensor([place[prompt] for prompt in prompts], device=keys.device)
+    state = _Unmasking(generator, sampler, keys, pool, owners, len(unique))
     for step in range(sampler.steps):
         before = state.tokens
         if sampler.order == "confidence":
@@ -175,9 +142,21 @@ def sample(
 class _Unmasking:
     """The state of one sampling loop: B rows, of which `alive` still hold masks."""
 
-    def __init__(self, generator: MaskedGenerator, sampler: SamplerConfig, keys: Tensor, cond: Cond):
+    def __init__(
+        self,
+        generator: MaskedGenerator,
+        sampler: SamplerConfig,
+        keys: Tensor,
+        pool: Cond,
+        owners: Tensor,
+        num_prompts: int,
+    ):
+        """`pool` has a row a prompt, which `owners` (B,) index, and behind them the unconditional one or none."""
         spec, count, device = generator.spec, len(keys), keys.device
-        self.generator, self.sampler, self.keys, self.cond = generator, sampler, keys, cond
+        self.generator, self.sampler, self.keys, self.owners = generator, sampler, keys, owners
+        numbers = torch.arange(len(pool), device=device)
+        parts = (numbers[:num_prompts], numbers[num_prompts:], owners)
+        self.prompts, self.null, self.cond = (pool.index(rows) for rows in parts)  # U, 1 or 0, and B rows
         self.tokens = torch.full((count, spec.num_tokens), spec.mask_id, device=device)
         self.start = start_tokens(spec.num_tokens, spec.codebook_size, spec.mask_id, sampler.start_noise, keys)
         self.reveal_step = torch.full_like(self.tokens, -1)
@@ -186,6 +165,7 @@ class _Unmasking:
         self.steps, self.forwards = torch.zeros_like(self.known), torch.zeros_like(self.known)
         self.alive = torch.arange(count, device=device)
         self.counts = fixed_counts(spec.num_tokens, sampler, keys)
+        self.plan = planned_counts(spec.num_tokens, sampler).tolist()  # the same numbers where nothing varies
         confident, paced = sampler.order == "confidence", sampler.schedule in HEADED
         each = (count, sampler.steps, spec.num_tokens)
         self.order = torch.zeros_like(self.tokens) if confident else fixed_orders(generator, sampler, keys)
@@ -196,10 +176,14 @@ class _Unmasking:
         self.pace_log_prob = torch.zeros(count, sampler.steps, device=device) if paced else None
         self.pace_features = torch.zeros(count, sampler.steps, FEATURES, device=device) if paced else None
 
-    def _rows(self, positions: Tensor) -> Tensor:
-        """Positions (A, M) of the rows alive as flat indices (A * M,) into their tokens."""
-        starts = torch.arange(len(positions), device=positions.device)[:, None] * self.tokens.shape[1]
-        return (starts + positions).flatten()
+    def _alike(self, step: int) -> bool:
+        """Whether all rows alive show the same tokens: masks alone."""
+        return step == 0 and self.sampler.start_noise == 0
+
+    def _rows(self, positions: Tensor, owners: Tensor | None = None) -> Tensor:
+        """Positions (A, M) of rows 0 ... A-1, or of `owners` (A,), as flat indices (A * M,) into their tokens."""
+        owners = torch.arange(len(positions), device=positions.device) if owners is None else owners
+        return (owners[:, None] * self.tokens.shape[1] + positions).flatten()
 
     def _shown(self, step: int) -> Tensor:
         """What the network sees of the rows alive at a step, int64 (A, N)."""
@@ -207,41 +191,59 @@ class _Unmasking:
 
     def _log_probs(self, positions: Tensor, step: int) -> Tensor:
         """Log-probabilities (A, M, V) at positions (A, M) of the rows alive; counts the passes."""
-        everyone = len(self.alive) == len(self.tokens)
-        cond = self.cond if everyone else self.cond.index(self.alive)
-        rows, info = self._rows(positions), StepInfo(step, self.sampler.steps)
-        logits = policy_logits(self.generator, self._shown(step), cond, self.sampler, info, rows)
         self.forwards[self.alive] += 1 if self.sampler.guidance_scale == 1.0 else 2
-        return logits.log_softmax(-1).unflatten(0, positions.shape)
+        alike = self._alike(step)
+        rows = wanted = self._rows(positions, self.owners if alike else None)
+        tokens, cond = (self.start[: len(self.prompts)], self.prompts) if alike else (self._shown(step), self.cond)
+        if alike and len(rows) > tokens.numel():  # fewer rows of the head than draws from them
+            wanted = torch.arange(tokens.numel(), device=rows.device)
+        info = StepInfo(step, self.sampler.steps)
+        logits = policy_logits(self.generator, tokens, cond, self.sampler, info, wanted, self.null, alike)
+        log_probs = logits.log_softmax(-1)
+        return (log_probs if wanted is rows else log_probs[rows]).unflatten(0, positions.shape)
 
     def _draw(self, log_probs: Tensor, positions: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Tokens and their log-probabilities, both (A, M)."""
-        uniforms = noise.uniforms(self.keys[self.alive], noise.TOKEN, step, self.tokens.shape[1])
-        drawn = inverse_cdf(log_probs.flatten(0, 1), uniforms.gather(1, positions).flatten())
-        drawn = drawn.unflatten(0, positions.shape)
+        uniforms = noise.uniforms_at(self.keys[self.alive], noise.TOKEN, step, positions)
+        drawn = inverse_cdf(log_probs.flatten(0, 1), uniforms.flatten()).unflatten(0, positions.shape)
         return drawn, log_probs.gather(-1, drawn[..., None]).squeeze(-1)
 
-    def _fix(self, positions: Tensor, drawn: Tensor, log_prob: Tensor, keep: Tensor, step: int) -> None:
-        """Fix the tokens at positions (A, M) of the rows alive where `keep` (A, M) holds."""
-        rows = self.alive[:, None].expand_as(positions)[keep]
-        where = (rows, positions[keep])
-        self.tokens = self.tokens.index_put(where, drawn[keep])
-        self.reveal_step[where] = step
-        self.log_prob[where] = log_prob[keep]
-        self.known[self.alive] += keep.sum(1)
+    def _write(self, store: Tensor, positions: Tensor, values: Tensor, keep: Tensor | None) -> Tensor:
+        """`store` (B, N) with values (A, M) at positions of the rows alive, where `keep` holds."""
+        held = store[self.alive]  # (A, N)
+        values = values if keep is None else torch.where(keep, values, held.gather(1, positions))
+        return store.index_copy(0, self.alive, held.scatter(1, positions, values))
+
+    def _fix(self, positions: Tensor, drawn: Tensor, log_prob: Tensor, keep: Tensor | None, step: int) -> None:
+        """Fix the tokens at positions (A, M) of the rows alive, or where `keep` (A, M) holds."""
+        self.tokens = self._write(self.tokens, positions, drawn, keep)
+        self.reveal_step = self._write(self.reveal_step, positions, torch.full_like(positions, step), keep)
+        self.log_prob = self._write(self.log_prob, positions, log_prob, keep)
+        self.known[self.alive] += positions.shape[1] if keep is None else keep.sum(1)
         self.steps[self.alive] += 1
         if self.sampler.schedule in VARYING:
-            self.alive = self.alive[self.known[self.alive] < self.tokens.shape[1]]
+            alive = self.alive[self.known[self.alive] < self.tokens.shape[1]]
+            if len(alive) < len(self.alive):
+                self.alive, self.cond = alive, self.prompts.index(self.owners[alive])
 
     def ordered_step(self, step: int) -> None:
         """Reveal the next positions of each row's order, as many as the schedule or the policy says."""
+        if self.sampler.schedule in VARYING:
+            return self._varying_step(step)
+        first = sum(self.plan[:step])
+        positions = self.order[:, first : first + self.plan[step]]
+        drawn, log_prob = self._draw(self._log_probs(positions, step), positions, step)
+        return self._fix(positions, drawn, log_prob, None, step)
+
+    def _varying_step(self, step: int) -> None:
+        """A step in which each row has its own number of tokens to reveal."""
         num_tokens = self.tokens.shape[1]
         known, counts = self.known[self.alive], self.counts[self.alive, step]  # (A,)
         remaining = num_tokens - known
         looks_ahead = self.sampler.schedule in (*HEADED, "threshold")
         width = int((remaining if looks_ahead else counts).max())
         offsets = torch.arange(width, device=known.device)
-        index = (known[:, None] + offsets).clamp(max=num_tokens - 1)
+        index = (known[:, None] + offsets) % num_tokens  # past the end they meet known ones, which stay
         positions = self.order[self.alive].gather(1, index)  # (A, width)
         log_probs = self._log_probs(positions, step)
         last = step == self.sampler.steps - 1
@@ -279,27 +281,27 @@ class _Unmasking:
         info, rows = StepInfo(step, self.sampler.steps), self._rows(positions)
         flat, shown = log_probs.flatten(0, 1), self._shown(step)
         self.forwards[self.alive] += scales != 1.0
-        steered = steered_log_probs(self.generator, flat, shown, info, rows, temperatures, scales)
+        how = (temperatures, scales, self.null, self._alike(step))
+        steered = steered_log_probs(self.generator, flat, shown, info, rows, *how)
         return steered.unflatten(0, positions.shape)
 
     def confidence_step(self, step: int) -> None:
         """Propose every masked token, keep the most confident (MaskGIT, arXiv 2202.04200)."""
-        first, count = int(self.known[0]), int(self.counts[0, step])  # equal in every row
-        masked = self.reveal_step < 0
-        positions = masked.nonzero()[:, 1].unflatten(0, (len(self.tokens), -1))  # (B, M)
-        log_probs = self._log_probs(positions, step)
-        drawn, log_prob = self._draw(log_probs, positions, step)
-        uniforms = noise.uniforms(self.keys, noise.CHOICE, step, self.tokens.shape[1]).gather(1, positions)
+        first, count = sum(self.plan[:step]), self.plan[step]  # equal in every row
+        masked = (self.reveal_step < 0).to(torch.uint8)
+        positions = masked.argsort(dim=1, descending=True, stable=True)[:, : self.tokens.shape[1] - first]  # (B, M)
+        drawn, log_prob = self._draw(self._log_probs(positions, step), positions, step)
         level = choice_level(self.sampler, step)
+        uniforms = noise.uniforms_at(self.keys, noise.CHOICE, step, positions)
         confidence = log_prob - level * (-uniforms.log()).log()
         best = confidence.topk(count, dim=1).indices  # (B, count), most confident first
-        self.order[:, first : first + count] = positions.gather(1, best)
+        chosen = positions.gather(1, best)
+        self.order[:, first : first + count] = chosen
         self.proposals[:, step].scatter_(1, positions, drawn)
         self.proposal_log_prob[:, step].scatter_(1, positions, log_prob)
         if level > 0:
             self.choice_log_prob[:, step] = plackett_luce(log_prob / level, best)
-        keep = torch.zeros_like(positions, dtype=torch.bool).scatter(1, best, True)
-        self._fix(positions, drawn, log_prob, keep, step)
+        self._fix(chosen, drawn.gather(1, best), log_prob.gather(1, best), None, step)
 
     def record(self) -> Trajectory:
         """The finished trajectory."""

@@ -100,7 +100,15 @@ def test_forward_passes_are_counted_as_they_happen(emoji, sampler):
     trajectory = sample(counting, PROMPTS, sampler)
     passes = 1 if sampler.guidance_scale == 1.0 else 2
     assert torch.equal(trajectory.forwards, trajectory.steps * passes)
-    assert sum(counting.rows) == int(trajectory.forwards.sum())
+    first = len(set(PROMPTS)) + (passes == 2)  # masks alone: once a prompt, and once without one
+    assert counting.rows[0] == first
+    assert sum(counting.rows) == first + int(trajectory.forwards.sum()) - passes * len(PROMPTS)
+
+
+def test_a_noisy_start_is_not_shared(emoji):
+    counting = Counting(emoji)
+    sample(counting, PROMPTS, SamplerConfig(steps=2, start_noise=0.5, guidance_scale=2.0))
+    assert counting.rows == [12, 12]
 
 
 def test_guidance_moves_the_samples(emoji):
@@ -321,7 +329,9 @@ def test_adaptive_heads_act_at_every_step_and_guided_rows_cost_two_passes(emoji)
     guided = torch.zeros(acted.shape, dtype=torch.int64)
     guided[acted] = (scales != 1).long()
     assert torch.equal(trajectory.forwards, trajectory.steps + guided.sum(1))
-    assert sum(counting.rows) == int(trajectory.forwards.sum())
+    first = len(set(PROMPTS)) + 1  # masks alone: once a prompt, and once without one
+    assert guided[:, 0].any() and counting.rows[0] + counting.rows[1] == first
+    assert sum(counting.rows) == first + int(trajectory.forwards.sum()) - len(guided) - int(guided[:, 0].sum())
     revealed = torch.stack([trajectory.revealed(step).sum(1) for step in range(5)], 1)
     remaining = 64 - (revealed.cumsum(1) - revealed)
     expected = torch.zeros_like(revealed)

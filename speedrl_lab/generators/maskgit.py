@@ -109,7 +109,12 @@ class MaskGitGenerator:
 
     def logits(self, tokens: Tensor, cond: Cond, step: StepInfo, rows: Tensor | None = None) -> Tensor:
         """Time is not an input: the masks tell the network where it stands."""
-        return self.policy(tokens, cond.tensors["labels"], rows)
+        modulation = cond.take("modulation") if "modulation" in cond.tensors else None
+        return self.policy(tokens, cond.take("labels"), rows, modulation)
+
+    def prepare(self, cond: Cond) -> Cond:
+        """With what the blocks make of the classes, (B, blocks, 6 D): no step changes it."""
+        return Cond(cond.tensors | {"modulation": self.policy.modulation(cond.tensors["labels"])}).shared()
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

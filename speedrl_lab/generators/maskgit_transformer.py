@@ -91,8 +91,10 @@ class Block(nn.Module):
         self.ln2 = nn.RMSNorm(width, EPS)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.mlp(label).chunk(6, 1)  # (B, D) each
+    def forward(self, x: Tensor, label: Tensor, numbers: Tensor | None = None) -> Tensor:
+        """x (B, N+R, D) and label (B, D), or what `mlp` makes of it, (B, 6 D)."""
+        numbers = self.mlp(label) if numbers is None else numbers
+        shift1, scale1, gate1, shift2, scale2, gate2 = numbers.chunk(6, 1)  # (B, D) each
         x = x + gate1[:, None] * self.attn(modulate(self.ln1(x), shift1, scale1))
         return x + gate2[:, None] * self.ff(modulate(self.ln2(x), shift2, scale2))
 
@@ -158,21 +160,31 @@ class MaskGitTransformer(nn.Module):
         """Recompute each block in the backward pass instead of keeping what is inside it."""
         self.gradient_checkpointing = True
 
-    def hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Final hidden states (B, N, D) of tokens (B, N) in 0..V (V is the mask) and labels (B,)."""
+    def modulation(self, labels: Tensor) -> Tensor:
+        """What every block makes of labels (B,): (B, blocks, 6 D), the same for all tokens."""
+        label = self.cls_emb(labels)
+        return torch.stack([block.mlp(label) for block in self.transformer.layers], 1)
+
+    def hidden(self, tokens: Tensor, labels: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """Final hidden states (B, N, D) of tokens (B, N) in 0..V (V is the mask) and labels (B,).
+
+        `modulation` is that of the labels, where it is there already.
+        """
         label = self.cls_emb(labels)  # (B, D)
         image = self.tok_emb(tokens) + self.pos_emb.weight
         x = torch.cat([image, self.reg_tokens.weight.expand(len(tokens), -1, -1)], 1)  # (B, N+R, D)
-        for block in self.transformer.layers:
+        for number, block in enumerate(self.transformer.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, label, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, label)
+                x = block(x, label, None if modulation is None else modulation[:, number])
         return self.last_norm(x[:, : tokens.shape[1]], label)
 
-    def forward(self, tokens: Tensor, labels: Tensor, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, labels: Tensor, rows: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor:
         """Float32 logits (B, N, V), or (len(rows), V) at flat indices `rows` into B*N; never of the mask."""
-        hidden = self.hidden(tokens, labels)
+        hidden = self.hidden(tokens, labels, modulation)
         hidden = hidden if rows is None else hidden.flatten(0, 1)[rows]
         codes = slice(self.codebook_size)
         return functional.linear(hidden, self.head.weight[codes], self.head.bias[codes]).float()
