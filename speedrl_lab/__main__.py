@@ -12,7 +12,7 @@ from speedrl_lab import notebooks
 from speedrl_lab.config import nearest
 from speedrl_lab.runs import outputs_root
 
-USER_ERRORS = (TypeError, ValueError, OSError, notebooks.NotebookError)
+USER_ERRORS = (TypeError, ValueError, OSError, ImportError, notebooks.NotebookError)
 FEW = 6  # settings that are shown beside the table of runs
 NOTEBOOK = "name, number or path: 03_speed_rl, 03, my.ipynb"
 RUNS = "run, or folder of runs, below outputs/ (default: all)"
@@ -49,11 +49,20 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> None:
         case "run":
             knobs = _knobs(arguments.knobs + rest)  # argparse leaves what follows --output
             print(_run_notebook(arguments.notebook, arguments.output, knobs))
+        case "train":
+            from speedrl_lab import training
+
+            folder = training.run(_knobs(arguments.knobs + rest))
+            if folder is not None:  # in one of several processes
+                print(folder)
         case "sweep":
             from speedrl_lab import sweep
 
             knobs = _knobs(arguments.knobs + rest, sweep.parse_assignment)
-            table = sweep.run(arguments.notebook, knobs, arguments.name, arguments.workers)
+            table = sweep.run(
+                arguments.notebook, knobs, arguments.name, arguments.workers, arguments.backend, arguments.cpus,
+                arguments.gpus,
+            )  # fmt: skip
             if (table.status == "failed").any():
                 sys.exit(1)  # the summary has been printed
         case "runs" if arguments.delete:
@@ -132,11 +141,11 @@ def _check_rest(arguments: argparse.Namespace, rest: list[str]) -> None:
     if flags:
         known = [f"--{name}" for name in vars(arguments) if name in OPTIONS] + ["--help"]
         raise ValueError(f"unknown option {flags[0]!r} of {arguments.command}; nearest: {nearest(flags[0], known)!r}")
-    if rest and arguments.command not in ("run", "sweep"):
+    if rest and arguments.command not in ("run", "train", "sweep"):
         raise ValueError(f"{arguments.command} does not take {rest[0]!r}")
 
 
-OPTIONS = ("output", "name", "workers", "filter", "delete", "force")
+OPTIONS = ("output", "name", "workers", "backend", "cpus", "gpus", "filter", "delete", "force")
 COMMANDS = {
     "list": ("the notebooks and the question each one answers", ""),
     "params": ("what can be set in a notebook: names, types, defaults", "speedrl params 03"),
@@ -144,9 +153,16 @@ COMMANDS = {
         "execute a notebook without a browser and keep the executed copy; nothing is overwritten",
         "speedrl run 03 run=mine speed_weight=0.5 iterations=40",
     ),
+    "train": (
+        "a training run without a notebook; start several processes of it with torchrun or accelerate launch",
+        "speedrl train preset=smoke run=mine\n"
+        "  accelerate launch --multi_gpu --num_processes 8 -m speedrl_lab train preset=amused-256 "
+        "generator=amused:<folder> prompt_file=<file>",
+    ),
     "sweep": (
         "execute a notebook with every combination of values; the same --name goes on with it",
-        "speedrl sweep 03 preset=sweep speed_weight=0,0.5,1 seed=0,1 --name weights",
+        "speedrl sweep 03 preset=sweep speed_weight=0,0.5,1 seed=0,1 --name weights\n"
+        "  speedrl sweep 03 preset=emoji-gpu seed=0,1,2,3 --name seeds --backend ray --cpus 4 --gpus 0.5",
     ),
     "runs": (
         "what has been trained: a table of runs, with the settings in which they differ; or delete one",
@@ -179,11 +195,18 @@ def _parser() -> argparse.ArgumentParser:
         )
     for name in ("params", "run", "sweep"):
         parsers[name].add_argument("notebook", help=NOTEBOOK)
-    parsers["run"].add_argument("knobs", nargs="*", metavar="knob=value", help="values are Python literals or words")
+    for name in ("run", "train"):
+        parsers[name].add_argument("knobs", nargs="*", metavar="knob=value", help="values are Python literals or words")
     sweep, runs, report = (parsers[name] for name in ("sweep", "runs", "report"))
     sweep.add_argument("knobs", nargs="*", metavar="knob=a,b,...", help="one value is the same in all trials")
     sweep.add_argument("--name", help="folder below outputs/; the name of an earlier sweep goes on with it")
-    sweep.add_argument("--workers", type=int, default=2, help="trials at a time; they share the cores (default: 2)")
+    sweep.add_argument("--workers", type=int, help="trials at a time (default: 2; on Ray as many as fit)")
+    sweep.add_argument(
+        "--backend", choices=("local", "ray"), default="local",
+        help="processes of this machine, or the Ray cluster at RAY_ADDRESS or on this machine (default: local)",
+    )  # fmt: skip
+    sweep.add_argument("--cpus", type=int, help="threads of a trial (default: its share of the cores; on Ray 1)")
+    sweep.add_argument("--gpus", type=float, default=0.0, help="GPUs of a trial, on Ray; 0.5 puts two on one GPU")
     for command in (runs, report):
         command.add_argument("places", nargs="*", metavar="run", help=RUNS)
     runs.add_argument(

@@ -3,10 +3,12 @@
 Everything that can be wrong with a knob or a folder is said in one line before a kernel starts.
 papermill alone only warns about an unknown parameter and takes `false` for a (true) string.
 Left out on purpose: sweeps, and going on with a failed notebook (a run's checkpoint does that).
-papermill is imported inside functions, because it imports this module to find `LabEngine`.
+papermill is imported inside functions, because it imports this module to find `LabEngine`, and because the command
+line starts with this module: nbformat's schema alone takes longer to load than most commands take to run.
 """
 
 import ast
+import json
 import os
 import re
 import sys
@@ -14,12 +16,13 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import nbformat
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from speedrl_lab.config import RunConfig, SamplerConfig, flat_fields, nearest
 from speedrl_lab.runs import outputs_root
+
+if TYPE_CHECKING:
+    import nbformat
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
@@ -37,16 +40,17 @@ class NotebookError(RuntimeError):
 
 
 class LabEngine:
-    """papermill engine `speedrl`: quiet kernels and small output notebooks.
+    """papermill engine `speedrl`: no unknown parameters, quiet kernels and small output notebooks.
 
     Stored widget state would add about 5 MB for each plotly FigureWidget.
     """
 
     @classmethod
-    def execute_notebook(cls, notebook: nbformat.NotebookNode, kernel_name: str, **settings: Any) -> Any:
-        """Forward to papermill's own engine; called by papermill."""
+    def execute_notebook(cls, notebook: "nbformat.NotebookNode", kernel_name: str, **settings: Any) -> Any:
+        """Forward to papermill's own engine; called by papermill. Raises TypeError for an unknown parameter."""
         from papermill.engines import NBClientEngine
 
+        _refuse_unknown(notebook)
         settings = {
             "store_widget_state": False,
             "coalesce_streams": True,  # else every print of a cell is an output of its own
@@ -56,14 +60,14 @@ class LabEngine:
         return NBClientEngine.execute_notebook(notebook, kernel_name, **settings)
 
     @classmethod
-    def nb_kernel_name(cls, notebook: nbformat.NotebookNode, name: str | None = None) -> str:
+    def nb_kernel_name(cls, notebook: "nbformat.NotebookNode", name: str | None = None) -> str:
         """The kernel the notebook asks for; called by papermill."""
         from papermill.utils import nb_kernel_name
 
         return nb_kernel_name(notebook, name)
 
     @classmethod
-    def nb_language(cls, notebook: nbformat.NotebookNode, language: str | None = None) -> str:
+    def nb_language(cls, notebook: "nbformat.NotebookNode", language: str | None = None) -> str:
         """The notebook's language; called by papermill."""
         from papermill.utils import nb_language
 
@@ -234,9 +238,23 @@ def _execute(path: Path, target: Path, values: Mapping[str, Any]) -> None:
         ) from None
 
 
+def _refuse_unknown(notebook: "nbformat.NotebookNode") -> None:
+    """Raise TypeError where papermill was given a parameter that the notebook does not declare."""
+    declared = [
+        node.target.id if isinstance(node, ast.AnnAssign) else node.targets[0].id
+        for cell in notebook.cells
+        if "parameters" in cell.metadata.get("tags", [])
+        for node in ast.parse(cell.source).body
+        if isinstance(node, ast.AnnAssign | ast.Assign)
+    ]
+    for name in notebook.metadata.get("papermill", {}).get("parameters", {}):
+        if name not in declared:
+            raise TypeError(_unknown("parameter", name, declared))
+
+
 def _question(path: Path) -> str:
-    cells = nbformat.read(path, as_version=4).cells
-    first = next((cell.source for cell in cells if cell.cell_type == "markdown"), "")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    first = next(("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"), "")
     match = re.search(r"^> *(.+)", first, re.MULTILINE) or re.search(r"^#+ *(.+)", first, re.MULTILINE)
     return match[1].strip() if match else ""
 

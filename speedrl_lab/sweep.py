@@ -2,44 +2,37 @@
 
     outputs/<name>/sweep.json    notebook, knobs, trials
     outputs/<name>/table.csv     one row a trial, written anew whenever a trial ends
-    outputs/<name>/<trial>/      executed notebook, log.txt, run/ (the notebook's run folder), failure.json
+    outputs/<name>/<trial>/      what trial.py says
 
-Called again with the same name, a sweep skips finished trials and goes on with the others. Processes hold
-a lock on sweep.json (POSIX), so no trial is ever run twice at once, not even after a killed sweep.
+Called again with the same name, on the same or on another backend, a sweep skips finished trials and goes on with
+the others. It holds a lock on sweep.json and a trial's process one on its log (POSIX), so no trial is ever run twice
+at once, not even after a killed sweep.
 """
 
 import fcntl
 import json
 import os
 import re
-import shlex
 import subprocess
-import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-import nbformat
 import pandas as pd
 from tqdm import tqdm
 
-from speedrl_lab import notebooks
-from speedrl_lab.runs import Run, outputs_root, write_atomic
+from speedrl_lab import notebooks, ray_backend, trial
+from speedrl_lab.runs import outputs_root, write_atomic
+from speedrl_lab.trial import Ended, Job, Trial
 
-DESCRIBED, TABLE, LOG, FAILURE = "sweep.json", "table.csv", "log.txt", "failure.json"
+DESCRIBED, TABLE = "sweep.json", "table.csv"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 LONGEST_NAME = 120  # characters of a trial's folder name
-PATIENCE = 15.0  # seconds between asking a child to end and killing it
-
-
-class Trial(NamedTuple):
-    """One combination: its folder name (what differs between trials) and all its knobs."""
-
-    name: str
-    knobs: dict[str, Any]
+WORKERS = 2  # trials at a time on this machine
 
 
 def parse_assignment(text: str) -> tuple[str, list[Any]]:
@@ -83,34 +76,50 @@ def plan(notebook: str | Path, knobs: Mapping[str, Sequence[Any]]) -> list[Trial
 
 
 def run(
-    notebook: str | Path, knobs: Mapping[str, Sequence[Any]], name: str | None = None, workers: int = 2
+    notebook: str | Path,
+    knobs: Mapping[str, Sequence[Any]],
+    name: str | None = None,
+    workers: int | None = None,
+    backend: Literal["local", "ray"] = "local",
+    cpus: int | None = None,
+    gpus: float = 0.0,
 ) -> pd.DataFrame:
-    """Execute the unfinished trials of outputs/<name>, `workers` at a time, and return the table.
+    """Execute the unfinished trials of outputs/<name> and return the table.
 
-    A failed trial is a row of the table; the rest goes on. A trial gets cores/workers threads, and no
-    more than OMP_NUM_THREADS where that is set.
+    A failed trial is a row of the table; the rest goes on.
 
     Args:
         name: `sweep/<UTC time>` where it is not given; give it again to go on with a sweep.
+        workers: trials at a time; 2 on this machine, on Ray as many as fit.
+        backend: processes of this machine, or tasks of a Ray cluster: see ray_backend.py.
+        cpus: threads of a trial. On this machine cores/workers where it is not given, and no more than
+            OMP_NUM_THREADS where that is set; on Ray 1.
+        gpus: GPUs of a trial, on Ray only; 0.5 puts two trials on one.
 
     Raises:
-        TypeError, ValueError: what `plan` raises, or other settings than the sweep was started with.
+        TypeError, ValueError: what `plan` raises, other settings than the sweep was started with, or more cpus or
+            gpus than any machine has.
+        ImportError: Ray is asked for and not installed.
         FileExistsError: the folder is there and is no sweep.
-        OSError: the folder cannot be written, or the sweep is running already.
+        OSError: the folder cannot be written, the sweep is running already, or the Ray cluster does not answer.
         KeyboardInterrupt: after the running trials were stopped; the same call goes on.
     """
-    if workers < 1:
-        raise ValueError(f"workers={workers}: expected at least 1")
+    _check_backend(backend, workers, cpus, gpus)
     path = notebooks.notebook_path(notebook).resolve()
     name = name or f"sweep/{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     folder = outputs_root() / name
     trials = _open(folder, path, knobs)
     tqdm.write(f"sweep folder: {folder}")
     with (folder / DESCRIBED).open() as lock:
-        _lock(lock, folder)
-        environment = {**os.environ, **dict.fromkeys(THREADS, str(_threads(workers))), "PYTHONUNBUFFERED": "1"}
+        _lock(lock, folder, trials)
         try:
-            _work(path, name, trials, workers, environment, lock.fileno())
+            if backend == "ray":
+                jobs = _jobs(path, name, trials, cpus or 1)
+                ended = ray_backend.run(jobs, workers, cpus or 1, gpus, _cores())
+            else:
+                jobs = _jobs(path, name, trials, cpus or _threads(workers or WORKERS))
+                ended = _run_here(jobs, workers or WORKERS)
+            _follow(ended, folder, len(trials), len(jobs))
         except KeyboardInterrupt:
             tqdm.write(f"sweep stopped; go on with the same command and --name {name}")
             raise
@@ -137,83 +146,55 @@ def table(folder: str | Path) -> pd.DataFrame:
     varied = [name for name, values in described["knobs"].items() if len(values) > 1]
     file = Path(described["notebook"]).stem + ".ipynb"
     rows = [
-        {name: knobs[name] for name in varied} | _result(folder / trial, file) | _metrics(folder / trial / "run")
-        for trial, knobs in described["trials"].items()
+        {knob: knobs[knob] for knob in varied}
+        | trial.result(folder / name, file)
+        | trial.metrics(folder / name / "run")
+        for name, knobs in described["trials"].items()
     ]
     frame = pd.DataFrame(rows, index=pd.Index(described["trials"], name="trial"))
     return frame[[column for column in frame if column != "error"] + ["error"]]
 
 
-def _work(
-    path: Path, name: str, trials: Sequence[Trial], workers: int, environment: Mapping[str, str], lock: int
-) -> None:
-    """Keep `workers` children busy until all trials are finished or failed; leaves none behind."""
-    folder = outputs_root() / name
-    waiting = [trial for trial in trials if not _finished(folder / trial.name / path.name)]
-    running: dict[subprocess.Popen, tuple[Path, float]] = {}
-    with tqdm(total=len(trials), initial=len(trials) - len(waiting), desc="trials") as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    trial = waiting.pop(0)
-                    knobs = trial.knobs | _run_knobs(path, f"{name}/{trial.name}/run")
-                    place, began = folder / trial.name, time.monotonic()
-                    _make_room(place, path.name)
-                    running[_start(_command(path, knobs, place), place, environment, lock)] = place, began
-                time.sleep(0.1)
-                for process in [process for process in running if process.poll() is not None]:
-                    place, began = running.pop(process)
-                    _settle(place, path.name, process.returncode, time.monotonic() - began)
-                    _write_table(folder)
-                    bar.update()
-        finally:
-            _stop(running)
+def _run_here(jobs: Sequence[Job], workers: int) -> Iterator[Ended]:
+    """Keep `workers` processes of this machine busy, and yield each job that ends; leaves none behind."""
+    waiting = list(jobs)
+    running: dict[subprocess.Popen, tuple[Job, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop(0)
+                running[trial.start(job)] = job, time.monotonic()
+            time.sleep(0.1)
+            for process in [process for process in running if process.poll() is not None]:
+                job, began = running.pop(process)
+                yield Ended(job, process.returncode, time.monotonic() - began)
+    finally:
+        trial.stop(running)
 
 
-def _command(path: Path, knobs: Mapping[str, Any], output: Path) -> list[str]:
-    assignments = [f"{name}={value!r}" for name, value in knobs.items()]
-    return [sys.executable, "-m", "speedrl_lab", "run", str(path), *assignments, "--output", str(output)]
+def _follow(ended: Iterator[Ended], folder: Path, total: int, left: int) -> None:
+    """Report and note each job that ends."""
+    with closing(ended), tqdm(total=total, initial=total - left, desc="trials") as bar:
+        for one in ended:
+            if error := trial.settle(one):
+                tqdm.write(f"{one.job.folder.name}: {error}")
+            _write_table(folder)
+            bar.update()
 
 
-def _make_room(folder: Path, file: str) -> None:
-    """Make a trial's folder; what an earlier attempt executed is moved aside."""
-    folder.mkdir(exist_ok=True)
-    (folder / FAILURE).unlink(missing_ok=True)
-    executed, number = folder / file, 1
-    while (aside := executed.with_name(f"{executed.stem}.attempt-{number}.ipynb")).exists():
-        number += 1
-    if executed.exists():
-        executed.rename(aside)
-
-
-def _start(command: Sequence[str], folder: Path, environment: Mapping[str, str], lock: int) -> subprocess.Popen:
-    with (folder / LOG).open("a") as log:
-        log.write(f"$ {shlex.join(command)}\n")
-        log.flush()
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock]
-        )
-
-
-def _settle(folder: Path, file: str, status: int, seconds: float) -> None:
-    """Note why an ended trial is not finished."""
-    if not _finished(folder / file):
-        error = _reason(status, (folder / LOG).read_text(errors="replace"))
-        write_atomic(folder / FAILURE, json.dumps({"seconds": round(seconds, 1), "error": error}) + "\n")
-        tqdm.write(f"{folder.name}: {error}")
-
-
-def _stop(processes: Iterable[subprocess.Popen]) -> None:
-    """End children, and kill those that do not end in time; a kernel ends when its parent does."""
-    for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + PATIENCE
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _jobs(path: Path, name: str, trials: Sequence[Trial], threads: int) -> list[Job]:
+    """What is left to do."""
+    own = {key: value for key, value in os.environ.items() if key.startswith("SPEEDRL_")}
+    environment = own | {"SPEEDRL_OUTPUTS": str(outputs_root()), "PYTHONUNBUFFERED": "1"}
+    environment |= dict.fromkeys(THREADS, str(threads))
+    jobs = []
+    for place, knobs in trials:
+        folder = outputs_root() / name / place
+        if not trial.finished(folder / path.name):
+            all_knobs = knobs | _run_knobs(path, f"{name}/{place}/run")
+            arguments = trial.arguments(path, all_knobs, folder)
+            jobs.append(Job(folder, path.name, arguments, environment, str(Path.cwd())))
+    return jobs
 
 
 def _open(folder: Path, path: Path, knobs: Mapping[str, Sequence[Any]]) -> list[Trial]:
@@ -228,7 +209,7 @@ def _open(folder: Path, path: Path, knobs: Mapping[str, Sequence[Any]]) -> list[
         return plan(path, {name: knobs[name] for name in before["knobs"]})  # names as before, in whatever order given
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is no sweep; choose another --name")
-    settings |= {"knobs": dict(knobs), "trials": {trial.name: trial.knobs for trial in trials}}
+    settings |= {"knobs": dict(knobs), "trials": {one.name: one.knobs for one in trials}}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(described, json.dumps(settings, indent=1) + "\n")
@@ -247,51 +228,15 @@ def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any])
             )
 
 
-def _lock(file: Any, folder: Path) -> None:
-    """Lock an open file; children inherit the lock and hold it as long as they live."""
+def _lock(file: Any, folder: Path, trials: Iterable[Trial]) -> None:
+    """Lock the open description of a sweep none of whose trials is running."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OSError(f"sweep {folder} is running, or trials of a killed one are; wait for them or end them") from None
-
-
-def _finished(notebook: Path) -> dict[str, Any] | None:
-    """papermill's notes in an executed notebook, if the kernel answered every cell and none with an error.
-
-    papermill's own marks are not enough: to it, cells that an interrupt cut off are "completed".
-    """
-    if not notebook.is_file():
-        return None
-    try:
-        content = nbformat.read(notebook, as_version=4)
-    except ValueError:  # half-written
-        return None
-    cells = [cell for cell in content.cells if cell.cell_type == "code" and cell.source.strip()]
-    answered = all("shell.execute_reply" in cell.metadata.get("execution", {}) for cell in cells)
-    notes = content.metadata.get("papermill", {})
-    return notes if answered and notes.get("end_time") and not notes.get("exception") else None
-
-
-def _result(folder: Path, file: str) -> dict[str, Any]:
-    """Status, seconds and error of a trial, from its files."""
-    if notes := _finished(folder / file):
-        return {"status": "done", "seconds": round(notes["duration"], 1), "error": ""}
-    if (folder / FAILURE).is_file():
-        return {"status": "failed", **json.loads((folder / FAILURE).read_text())}
-    return {"status": "waiting", "seconds": float("nan"), "error": ""}
-
-
-def _metrics(run_folder: Path) -> dict[str, float]:
-    """Last value and mean over the last fifth of every numeric column of a run's records."""
-    try:
-        records = Run(run_folder, {}).records()
-    except ValueError:  # a line torn by a kill
-        return {}
-    if records.empty:
-        return {}
-    numbers = records.select_dtypes("number")
-    last, mean = numbers.iloc[-1], numbers.tail(max(1, len(numbers) // 5)).mean()
-    return {f"{name}_{kind}": row[name] for name in numbers for kind, row in (("last", last), ("mean", mean))}
+        raise OSError(f"sweep {folder} is running; wait for it or end it") from None
+    running = [one.name for one in trials if trial.is_running(folder / one.name)]
+    if running:
+        raise OSError(f"trial {running[0]} of a killed sweep {folder} is running; wait for it or end it")
 
 
 def _write_table(folder: Path) -> pd.DataFrame:
@@ -300,21 +245,24 @@ def _write_table(folder: Path) -> pd.DataFrame:
     return frame
 
 
-def _reason(status: int, log: str) -> str:
-    """One line on why a child ended, from its exit status and its output."""
-    if status < 0:
-        return f"killed by signal {-status}"
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    said = [line.partition("speedrl_lab: ")[2] for line in lines if "speedrl_lab: " in line]
-    if status == 2 and said:  # the runner's own words
-        return said[-1]
-    return f"exit status {status}, and the notebook is not complete: {lines[-1]}"
-
-
 def _run_knobs(path: Path, run_folder: str) -> dict[str, Any]:
     """What makes a notebook keep its run in the trial's folder, where it declares how."""
     can = {"run", "resume"} <= notebooks.parameters(path).keys()
     return {"run": run_folder, "resume": True} if can else {}
+
+
+def _check_backend(backend: str, workers: int | None, cpus: int | None, gpus: float) -> None:
+    for name, value in (("workers", workers), ("cpus", cpus)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    if gpus < 0 or (gpus > 1 and gpus % 1):
+        raise ValueError(f"gpus={gpus:g}: expected a whole number, or a share below 1")
+    if backend == "ray":
+        ray_backend.require()
+    elif backend != "local":
+        raise ValueError(f"backend {backend!r}: expected 'local' or 'ray'")
+    elif gpus:
+        raise ValueError(f"gpus={gpus:g}: only backend 'ray' hands out GPUs; 'local' shows all of them to every trial")
 
 
 def _check_values(name: str, values: Sequence[Any]) -> None:
@@ -344,10 +292,13 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _threads(workers: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(cores // workers, int(asked) if asked.isdigit() else cores))
+    return max(1, min(_cores() // workers, int(asked) if asked.isdigit() else _cores()))
 
 
 def _word(value: Any) -> str:

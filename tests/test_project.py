@@ -22,15 +22,15 @@ CONFIG = "speedrl_lab.config"
 # Imports go to the same or a lower layer; a package's files share the layer of its name.
 LAYERS = [
     "config presets scenes prompts compositor canvas schedules trajectory advantage objective networks noise "
-    "pace guard average precision steering",
-    "weights generator adapters events runs judges distances intervals cache plots frontier_plots standings "
+    "pace guard average precision steering parallel",
+    "weights generator draws adapters events runs judges distances intervals cache plots frontier_plots standings "
     "estimator_plots page",
     "generators rewards sampler parity pretrain controls board_plots board widgets notebooks comparison trash "
     "report browser",
-    "likelihood footprint planner enumeration lookup bakeoff learner student matching sdtt dimo evaluate "
+    "likelihood footprint planner enumeration lookup bakeoff loss learner student matching sdtt dimo evaluate "
     "judge_check search contenders gallery tradeoff films microscope",
     "selftest rl reward_table distill examples whatif whatif_plots explorer frontier_explorer",
-    "demo sweep __main__",
+    "demo sweep training ray_backend trial api __main__",
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names.split()}
 

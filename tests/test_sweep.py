@@ -1,11 +1,10 @@
 """Sweeps: every combination once, nothing overwritten, and going on after failures and kills.
 
-One test runs real notebooks; elsewhere the children are small scripts that leave what the runner would.
+One test a backend runs real notebooks; elsewhere the children are small scripts that leave what the runner would.
 """
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from speedrl_lab import sweep
+from speedrl_lab import ray_backend, sweep, trial
 from speedrl_lab.__main__ import main
 
 PARAMETERS = """\
@@ -44,6 +43,18 @@ time.sleep(float(seconds))
 sys.exit(words or int(status))
 """
 
+LOSES_ITS_WORKER = """\
+import os, signal, sys, time
+from pathlib import Path
+target, text, seed = sys.argv[1:]
+begun = Path(target).with_name("begun")
+if seed == "1" or not begun.exists():
+    begun.touch()
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+Path(target).write_text(text)
+"""
+
 
 @pytest.fixture
 def notebook(tmp_path, monkeypatch) -> Path:
@@ -65,7 +76,7 @@ def outputs(notebook, tmp_path) -> Path:
 @pytest.fixture
 def no_child(monkeypatch):
     """Fail the test when a process would be started."""
-    monkeypatch.setattr(sweep, "_start", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setattr(trial, "start", lambda *_: pytest.fail("a process was started"))
 
 
 @pytest.fixture
@@ -74,12 +85,12 @@ def children(monkeypatch):
     asked = []
 
     def replace(answered: bool = True, seconds: float = 0, words: str = "", status: int = 0) -> list:
-        def command(path, knobs, output):
+        def arguments(path, knobs, output):
             asked.append(knobs)
             text = executed(answered)
-            return [sys.executable, "-S", "-c", CHILD, str(output / path.name), text, str(seconds), words, str(status)]
+            return ["-S", "-c", CHILD, str(output / path.name), text, str(seconds), words, str(status)]
 
-        monkeypatch.setattr(sweep, "_command", command)
+        monkeypatch.setattr(trial, "arguments", arguments)
         return asked
 
     return replace
@@ -181,11 +192,16 @@ def test_a_wrong_value_is_refused_before_a_process_or_folder(notebook, outputs, 
     ],
 )
 def test_command_line_errors_are_one_line_and_status_2(notebook, no_child, capsys, arguments, message):
+    assert message in refusal(notebook, arguments, capsys)
+
+
+def refusal(notebook: Path, arguments: list[str], capsys) -> str:
+    """What the command line says, in one line, when it does not start a sweep."""
     with pytest.raises(SystemExit) as stop:
         main(["sweep", str(notebook), *arguments])
     assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and message in lines[0]
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def test_a_failed_trial_is_reported_and_repeated_while_finished_ones_are_left_alone(notebook, outputs, capfd):
@@ -217,8 +233,8 @@ def test_a_failed_trial_is_reported_and_repeated_while_finished_ones_are_left_al
 
 def test_an_interrupt_stops_the_children_and_the_next_call_goes_on(notebook, outputs, children, monkeypatch, capsys):
     processes, sleep = [], time.sleep
-    start = sweep._start
-    monkeypatch.setattr(sweep, "_start", lambda *given: processes.append(start(*given)) or processes[-1])
+    start = trial.start
+    monkeypatch.setattr(trial, "start", lambda job: processes.append(start(job)) or processes[-1])
 
     def interrupt(seconds):
         if processes and all((outputs / "kept" / name / "begun").exists() for name in ("seed=0", "seed=1")):
@@ -261,16 +277,16 @@ def test_a_child_that_leaves_no_complete_notebook_has_failed(notebook, children,
 
 def test_a_killed_child_has_failed_and_the_rest_goes_on(notebook, children, monkeypatch):
     children()
-    start = sweep._start
+    start = trial.start
 
-    def start_and_kill(command, folder, *given):
-        if folder.name != "seed=0":
-            return start(command, folder, *given)
-        process = start([sys.executable, "-S", "-c", "import time; time.sleep(600)"], folder, *given)
+    def start_and_kill(job):
+        if job.folder.name != "seed=0":
+            return start(job)
+        process = start(job._replace(arguments=["-S", "-c", "import time; time.sleep(600)"]))
         process.kill()
         return process
 
-    monkeypatch.setattr(sweep, "_start", start_and_kill)
+    monkeypatch.setattr(trial, "start", start_and_kill)
     table = sweep.run(notebook, {"seed": [0, 1]}, "one", workers=1)
     assert list(table.status) == ["failed", "done"]
     assert table.error["seed=0"] == "killed by signal 9"
@@ -278,9 +294,9 @@ def test_a_killed_child_has_failed_and_the_rest_goes_on(notebook, children, monk
 
 def test_a_sweep_runs_once_at_a_time_even_when_only_its_children_are_left(notebook, outputs, children, monkeypatch):
     children(seconds=600)
-    orphans, start = [], sweep._start
-    monkeypatch.setattr(sweep, "_start", lambda *given: orphans.append(start(*given)) or orphans[-1])
-    monkeypatch.setattr(sweep, "_stop", lambda processes: None)  # as after a kill -9 of the sweep
+    orphans, start = [], trial.start
+    monkeypatch.setattr(trial, "start", lambda job: orphans.append(start(job)) or orphans[-1])
+    monkeypatch.setattr(trial, "stop", lambda processes: None)  # as after a kill -9 of the sweep
 
     def interrupt(seconds):
         raise KeyboardInterrupt
@@ -292,7 +308,7 @@ def test_a_sweep_runs_once_at_a_time_even_when_only_its_children_are_left(notebo
     monkeypatch.setenv("SPEEDRL_OUTPUTS", str(outputs))
     monkeypatch.delenv("SPEEDRL_PRESET", raising=False)
     try:
-        with pytest.raises(OSError, match="or trials of a killed one are"):
+        with pytest.raises(OSError, match="trial trial-1 of a killed sweep .* is running"):
             sweep.run(notebook, {"seed": [0]}, "one")
     finally:
         for process in orphans:
@@ -326,15 +342,15 @@ def test_workers_share_the_cores_and_get_a_run_folder_each(notebook, children, m
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     asked = children()
-    threads, running, start, settle = [], [], sweep._start, sweep._settle
+    threads, running, start, settle = [], [], trial.start, trial.settle
 
-    def count(command, folder, environment, lock):
-        threads.append((environment["OMP_NUM_THREADS"], environment["MKL_NUM_THREADS"]))
+    def count(job):
+        threads.append((job.environment["OMP_NUM_THREADS"], job.environment["MKL_NUM_THREADS"]))
         running.append(running[-1] + 1 if running else 1)
-        return start(command, folder, environment, lock)
+        return start(job)
 
-    monkeypatch.setattr(sweep, "_start", count)
-    monkeypatch.setattr(sweep, "_settle", lambda *given: (running.append(running[-1] - 1), settle(*given)))
+    monkeypatch.setattr(trial, "start", count)
+    monkeypatch.setattr(trial, "settle", lambda ended: running.append(running[-1] - 1) or settle(ended))
     sweep.run(notebook, {"seed": [0, 1, 2, 3]}, "deep/one", workers=3)
     assert max(running) == 3 and running[-1] == 0
     assert threads == [("2", "2")] * 4
@@ -344,3 +360,137 @@ def test_workers_share_the_cores_and_get_a_run_folder_each(notebook, children, m
     threads.clear()
     sweep.run(notebook, {"seed": [5]}, workers=1)
     assert threads == [("1", "1")]
+    threads.clear()
+    sweep.run(notebook, {"seed": [5]}, "three", cpus=3)
+    assert threads == [("3", "3")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "slurm"], "invalid choice: 'slurm'"),
+        (["--cpus", "0"], "cpus=0: expected at least 1"),
+        (["--gpus", "1"], "gpus=1: only backend 'ray' hands out GPUs"),
+        (["--gpus", "1.5", "--backend", "ray"], "gpus=1.5: expected a whole number, or a share below 1"),
+        (["--backend", "ray"], "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1: "),
+    ],
+)
+def test_a_backend_that_cannot_be_had_is_said_before_a_folder(
+    notebook, outputs, no_child, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(ray_backend, "find_spec", lambda name: name)
+    assert message in refusal(notebook, ["seed=0", *arguments], capsys)
+    assert not outputs.exists()
+
+
+def test_a_missing_ray_is_said_in_one_line_with_what_to_install(notebook, outputs, no_child, monkeypatch, capsys):
+    monkeypatch.setattr(ray_backend, "find_spec", lambda name: None)
+    line = refusal(notebook, ["seed=0", "--backend", "ray"], capsys)
+    assert line == "speedrl_lab: backend 'ray' needs ray, not installed: pip install 'speedrl_lab[ray]'"
+    assert not outputs.exists()
+
+
+@pytest.fixture
+def ray():
+    """Ray, not started."""
+    return pytest.importorskip("ray", reason="backend 'ray' needs the extra speedrl_lab[ray]")
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """A Ray of this machine with two cores."""
+    ray = pytest.importorskip("ray", reason="backend 'ray' needs the extra speedrl_lab[ray]")
+    size = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": ray_backend.STORE}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ray_backend.SETTINGS.items():
+            patch.setenv(name, value)
+        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="error", **size)
+    yield ray
+    ray.shutdown()
+
+
+def attempts(folder: Path) -> int:
+    return sum(line.startswith("$ ") for line in (folder / "log.txt").read_text().splitlines())
+
+
+def test_ray_makes_the_same_folders_and_table_and_goes_on_here(notebook, outputs, ray, children, monkeypatch, capfd):
+    """Starts a Ray of its own. A trial that fails by its own error is not tried again."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    command = ["sweep", str(notebook), "seed=0,1", "speed_weight=0.5", "--name", "seeds", "--backend", "ray"]
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 1
+    assert "1 of 2 trials done, 1 failed" in capfd.readouterr().out
+    folder = outputs / "seeds"
+    table = pd.read_csv(folder / "table.csv", index_col="trial")
+    assert list(table.status) == ["done", "failed"] and (table.seconds > 0).all()
+    assert "AssertionError: seed 1 is broken" in table.error["seed=1"]
+    assert table.quality_last["seed=0"] == 5.0 and table.threads_last["seed=0"] == 1
+    assert attempts(folder / "seed=1") == 1
+    first = snapshot(folder / "seed=0")
+    assert {path.name for path in first} == {"tiny.ipynb", "log.txt", "metrics.jsonl"}
+
+    assert not ray.is_initialized()
+    children()
+    main([*command, "--backend", "local"])
+    assert list(sweep.table("seeds").status) == ["done", "done"]
+    assert snapshot(folder / "seed=0") == first and attempts(folder / "seed=1") == 2
+
+
+def test_a_trial_whose_worker_is_lost_is_tried_again(notebook, outputs, local_ray, monkeypatch):
+    def arguments(path, knobs, output):
+        return ["-S", "-c", LOSES_ITS_WORKER, str(output / path.name), executed(True), str(knobs["seed"])]
+
+    monkeypatch.setattr(trial, "arguments", arguments)
+    table = sweep.run(notebook, {"seed": [0, 1]}, "lost", backend="ray")
+    assert list(table.status) == ["done", "failed"]
+    assert table.error["seed=1"].startswith("its worker was lost 3 times: ")
+    assert [attempts(outputs / "lost" / f"seed={seed}") for seed in (0, 1)] == [2, 3]
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_an_attempt_waits_for_a_lost_one_that_goes_on(tmp_path, finishes):
+    """What that one finishes counts, and is not done again."""
+    folder = tmp_path / "one"
+    arguments = ["-S", "-c", CHILD, str(folder / "tiny.ipynb"), executed(finishes), "1", "", "0"]
+    job = trial.Job(folder, "tiny.ipynb", arguments, {}, str(tmp_path))
+    lost = trial.start(job)
+    assert trial.is_running(folder)
+    status, seconds = trial.attempt(job._replace(arguments=["-S", "-c", "raise SystemExit(7)"]))
+    assert (status, attempts(folder)) == ((0, 1) if finishes else (7, 2))
+    assert seconds > 0.5 and lost.wait() == 0 and not trial.is_running(folder)
+
+
+def test_what_fails_on_a_worker_before_the_trial_begins_is_said_in_one_line(notebook, local_ray, children, monkeypatch):
+    children()
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/nowhere"))
+    table = sweep.run(notebook, {"seed": [0]}, "one", backend="ray")
+    assert table.error["trial-1"].startswith("FileNotFoundError: ") and "/nowhere" in table.error["trial-1"]
+
+
+def test_an_interrupt_stops_the_tasks(notebook, outputs, local_ray, children, monkeypatch):
+    places = [outputs / "kept" / f"seed={seed}" for seed in (0, 1)]
+    wait = local_ray.wait
+
+    def interrupt(*given, **named):
+        if all((place / "begun").exists() for place in places):
+            monkeypatch.setattr(local_ray, "wait", wait)
+            raise KeyboardInterrupt
+        return wait(*given, **named)
+
+    children(answered=False, seconds=600)
+    monkeypatch.setattr(local_ray, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(notebook, {"seed": [0, 1, 2]}, "kept", backend="ray")
+    assert not any(map(trial.is_running, places))
+    assert list(sweep.table("kept").status) == ["waiting"] * 3
+    asked = children()
+    asked.clear()
+    assert list(sweep.run(notebook, {"seed": [0, 1, 2]}, "kept", workers=1, backend="ray").status) == ["done"] * 3
+    assert [knobs["seed"] for knobs in asked] == [0, 1, 2]
+
+
+def test_more_than_any_machine_has_is_refused(notebook, local_ray, no_child):
+    with pytest.raises(ValueError, match=r"cpus=64, gpus=0 fits on no machine of the Ray cluster \(2 CPUs, 0 GPUs\)"):
+        sweep.run(notebook, {"seed": [0]}, cpus=64, backend="ray")
