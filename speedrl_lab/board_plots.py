@@ -21,8 +21,12 @@ PANELS = {
     "clip_fraction": "clipped (share of ratios)",
     "diversity": "diversity (RMS pixels)",
 }
+LEAST = {"kl": 0.002, "clip_fraction": 0.05}
+"""Ends of axes at least; what is smaller is as good as nothing, and should not look like a mountain."""
 WINDOW = 10
 """Iterations of a running mean."""
+NAMES = 0.75
+"""Room for the names of weights above their lines, in heights of the lines' range."""
 MOST_BYTES = 120_000
 """Of a picture that stays in a notebook in full color."""
 
@@ -52,15 +56,16 @@ def curves(records: Sequence[Mapping[str, Any]], samples: int) -> Figure:
             axes.fill_between(table["iteration"], low, high, color=color, alpha=0.18, linewidth=0)
         axes.plot(table["iteration"], table[name], color=color, alpha=0.35, linewidth=0.9)
         axes.plot(table["iteration"], smooth, color=color, linewidth=2, marker="." if len(table) < 5 else "")
-        if name == "clip_fraction":
-            axes.set_ylim(0, max(0.05, 1.1 * table[name].max()))
+        if name in LEAST:
+            axes.set_ylim(min(0.0, 1.1 * table[name].min()), max(LEAST[name], 1.1 * table[name].max()))
         canvas.label(axes, f"{title}: {smooth.iloc[-1]:.3g}", "iteration")
     if weights:
         _draw_weights(panels[-1], table, weights)
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+        top = 1 / (1 + NAMES) if weights and axes is panels[-1] else 1.0  # below the names of the weights
         for iteration in changes(records):
-            axes.axvline(iteration, color=canvas.INK, linewidth=1, linestyle="--")
+            axes.axvline(iteration, ymax=top, color=canvas.INK, linewidth=1, linestyle="--")
     figure.tight_layout()
     return figure
 
@@ -72,7 +77,7 @@ def _draw_weights(axes: Axes, table: pd.DataFrame, weights: Sequence[str]) -> No
         color = plots.COLORS[index % len(plots.COLORS)]
         axes.plot(rows["iteration"], rows[name], color=color, drawstyle="steps-post", label=name[8:], linewidth=2)
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.75 * (high - low))  # room for the names
+    axes.set_ylim(low, high + NAMES * (high - low))
     axes.legend(frameon=False, fontsize=7, labelcolor=canvas.INK, ncols=2, loc="upper left", borderpad=0)
     canvas.label(axes, "weights", "iteration")
 

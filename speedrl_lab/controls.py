@@ -26,6 +26,7 @@ class Controls:
     def __init__(self, weights: Mapping[str, float], config: TrainConfig):
         self.config, self.paused, self.stopped = config, False, False
         self._asked: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
+        self._accepted = dict(weights)
         self._notes: list[str] = []
         self._errors = ipywidgets.Output()
         self.bar = ipywidgets.IntProgress(0, 0, config.iterations, layout={"width": "18em"})
@@ -37,7 +38,8 @@ class Controls:
         self.weights = {
             name: ipywidgets.FloatText(
                 weight, description=name, step=0.01 if name == "kl" else 0.1, continuous_update=False,
-                style={"description_width": "initial"}, layout={"width": f"{7 + 0.55 * len(name):g}em"},
+                style={"description_width": "initial"},
+                layout={"width": f"{7 + 0.55 * len(name):g}em", "margin": "2px 1em 2px 2px"},
             )
             for name, weight in weights.items()
         }  # fmt: skip
@@ -50,7 +52,7 @@ class Controls:
         row = {"flex_flow": "row wrap", "align_items": "center"}
         self.box = ipywidgets.VBox([
             ipywidgets.HBox([self.pause, self.go_on, self.stop, self.bar, self.status], layout=row),
-            ipywidgets.HBox([ipywidgets.Label("weights"), *self.weights.values()], layout=row),
+            ipywidgets.HBox([ipywidgets.HTML("<b>weights</b>&ensp;"), *self.weights.values()], layout=row),
             self.notes, self.curves, self.film, self._errors,
         ])  # fmt: skip
 
@@ -69,11 +71,15 @@ class Controls:
         self._note("stops after this iteration")
 
     def _ask(self, name: str, change: Mapping[str, Any]) -> None:
+        if change["new"] == self._accepted[name]:
+            return
         try:
             check_change(self.config, name, change["new"])
         except ValueError as error:
             self._note(str(error))
+            self.weights[name].value = self._accepted[name]  # a field says what is in force
             return
+        self._accepted[name] = change["new"]
         self._asked.put((name, change["new"]))
         self._note(f"{name} = {change['new']:g} from the next iteration on")
 

@@ -161,7 +161,7 @@ def status(film: Film, moment: int, row: int) -> str:
     if moment < len(film) and known < 1:
         text += f", entropy {float(film.entropy[moment, row].nanmean()):.2f} nats"
     if moment and not film.score.isnan().all():
-        text += f", credit {float(film.credit[moment - 1, row]):+.3f}"
+        text += f", credit {round(float(film.credit[moment - 1, row]), 3) + 0.0:+.3f}"  # no -0.000
     return text
 
 

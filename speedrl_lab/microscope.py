@@ -19,6 +19,8 @@ from speedrl_lab.films import Film
 PICTURE_WIDTH = 224
 MAP_WIDTH = 104
 """Pixels on the screen, about; pictures grow by whole factors and stay crisp."""
+PANEL_WIDTH = 392
+"""Pixels of a film: room for the longest line, so that nothing moves while it plays."""
 VIEWS = {"known tokens": "known", "best guess": "guess"}
 CREDIT = "score gained"
 
@@ -143,13 +145,13 @@ class Panel:
         cells = [
             ipywidgets.VBox(
                 [image, ipywidgets.HTML(f'<div style="font-size:80%;line-height:1.3">{units[kind]}</div>')],
-                layout={"width": f"{MAP_WIDTH + 12}px"},
+                layout={"width": f"{PANEL_WIDTH // 3}px"},
             )
             for kind, image in self.maps.items()
         ]
         title = ipywidgets.HTML(f"<b>{html.escape(film.title)}</b>")
         parts = [title, self.picture, self.status, ipywidgets.HBox(cells)]
-        self.box = ipywidgets.VBox(parts, layout={"margin": "0 24px 0 0"})
+        self.box = ipywidgets.VBox(parts, layout={"margin": "0 16px 0 0", "width": f"{PANEL_WIDTH}px"})
 
     def show(self, view: str, moment: int, row: int) -> None:
         """Show a moment of a sample; `view` is known or guess."""

@@ -13,7 +13,7 @@ from speedrl_lab.events import PREFIX
 from speedrl_lab.runs import outputs_root
 
 TRASH = ".trash"
-FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "policy.safetensors", "card.md")
+FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "policy.safetensors", "rollouts.pt", "card.md")
 RESULTS = (".csv", ".html", ".png", ".svg", ".gif", ".jpg", ".ipynb", ".partial")
 PICTURES = ("figures", "samples")
 """Folders that a run may hold."""

@@ -18,14 +18,15 @@ from torch.nn import functional
 from speedrl_lab import advantage as formulas
 from speedrl_lab import notebooks
 from speedrl_lab.advantage import Advantages
-from speedrl_lab.config import HEADED, RunConfig, SamplerConfig, TrainConfig
+from speedrl_lab.comparison import folders, name_of
+from speedrl_lab.config import HEADED, RunConfig, SamplerConfig, TrainConfig, nearest
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.learner import Rollout, Weights, weights_at
 from speedrl_lab.pace import head_for
 from speedrl_lab.presets import PRESETS
 from speedrl_lab.rewards import MODEL_NAMES, NAMES, Reward
 from speedrl_lab.rl import rollout, weigh, within_group_std
-from speedrl_lab.runs import read_checkpoint, write_checkpoint
+from speedrl_lab.runs import outputs_root, read_checkpoint, write_checkpoint
 from speedrl_lab.trajectory import Trajectory
 
 FILE = "rollouts.pt"
@@ -49,13 +50,21 @@ class Explanation:
 
 
 def draw(
-    generator: MaskedGenerator, prompts: Sequence[str], rewards: Mapping[str, Reward], config: TrainConfig
+    generator: MaskedGenerator,
+    prompts: Sequence[str],
+    rewards: Mapping[str, Reward],
+    config: TrainConfig,
+    iteration: int = 0,
 ) -> Rollout:
-    """The first rollout of a run with these settings; the generator stays as it is."""
+    """The rollout of an iteration (from 0) of a run with these settings; the generator stays as it is.
+
+    Never one that practises a fixed number of steps: in such a one speed has no weight.
+    """
+    config = replace(config, practice_steps=())
     if config.sampler.schedule in HEADED and generator.pace is None:
         generator = generator.copy()
         generator.pace = head_for(config.sampler.schedule, config.seed).to(generator.device)
-    return rollout(generator, prompts, rewards, config, 0)
+    return rollout(generator, prompts, rewards, config, iteration)
 
 
 def write_rollouts(path: Path | str, drawn: Rollout, config: TrainConfig) -> Path:
@@ -90,7 +99,7 @@ def read_rollouts(path: Path | str) -> tuple[Rollout, TrainConfig]:
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; a run leaves one with whatif.write_rollouts")
+        raise FileNotFoundError(_absent(path))
     state = read_checkpoint(path)
     if not isinstance(state, dict) or state.get("version") != VERSION or "thumbnails" not in state:
         raise ValueError(f"{path} holds no rollouts of version {VERSION} of this project")
@@ -102,6 +111,15 @@ def read_rollouts(path: Path | str) -> tuple[Rollout, TrainConfig]:
         mask_id=state["mask_id"], sampler=config.sampler,
     )  # fmt: skip
     return Rollout(state["prompts"], trajectory, state["thumbnails"].float() / 255, state["rewards"]), config
+
+
+def _absent(path: Path) -> str:
+    """One line for rollouts that are not there: who leaves them, and the nearest run that has some."""
+    folder = path.parent if path.name == FILE else path
+    what = f"run {name_of(folder)!r} holds no {FILE}" if folder.is_dir() else f"there is no run {name_of(folder)!r}"
+    known = [name_of(run) for run in folders(outputs_root()) if (run / FILE).is_file()]
+    hint = f"nearest that has one: {nearest(name_of(folder), known)!r}" if known else "no run here has one yet"
+    return f"{what}; 03_speed_rl leaves one where it ends; {hint}"
 
 
 def thumbnails(images: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def sides(explanation: Explanation, uris: list[str], most: int = 5) -> str:
     filtered = table[table.fate.isin(["clipped", "dropped"])].nsmallest(most, "quality")
     parts = {"Wins": wins, "Loses": loses, f"Filtered ({table.fate.isin(['clipped', 'dropped']).sum()})": filtered}
     tables = [picture_table(rows, uris, title, most) for title, rows in parts.items()]
-    blocks = "".join(f'<div style="max-width:19rem">{rows}</div>' for rows in tables)
+    blocks = "".join(f'<div style="flex:1 1 14rem;max-width:19rem">{rows}</div>' for rows in tables)
     return f'<div style="display:flex;flex-wrap:wrap;gap:1.5rem;align-items:flex-start">{blocks}</div>'
 
 

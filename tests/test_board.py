@@ -281,6 +281,7 @@ def test_a_weight_that_cannot_be_is_refused_and_training_goes_on(tmp_path, scree
         if done["iteration"] == 2:
             board.controls.weights["kl"].value = -1.0
             assert "weight kl=-1.0: expected a finite number of at least 0" in board.controls.notes.value
+            assert board.controls.weights["kl"].value == CONFIG.kl_weight, "the field says what is in force"
 
     weights, _ = on_board(tmp_path / "run", act)
     assert torch.equal(weights, trained(tmp_path / "whole"))

@@ -76,7 +76,7 @@ def test_every_pool_costs_its_passes_and_offers_what_fairness_asks(emoji):
     one, four = contenders.fixed_pool(1), contenders.fixed_pool(4)
     assert {sampler.start_noise for sampler in one} == {0.0, 0.4} and all(sampler.steps == 1 for sampler in one)
     assert {sampler.order for sampler in four} == {"confidence", "halton"}
-    assert {sampler.temperature for sampler in four} == {1.0, 0.8}
+    assert {sampler.temperature for sampler in four} == {1.0, 0.8, 1.2}
     assert {(s.guidance_scale, s.steps) for s in four} == {(1.0, 4), (2.0, 2)}
     assert all(sampler.guidance_scale == 1.0 for sampler in contenders.fixed_pool(3))
     for passes, pool in ((1, one), (4, four)):

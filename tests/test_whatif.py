@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import make_toy, share_of_twos
 
-from speedrl_lab import advantage, explorer, notebooks, whatif, whatif_plots
+from speedrl_lab import advantage, explorer, notebooks, trash, whatif, whatif_plots
 from speedrl_lab.config import RunConfig, SamplerConfig, TrainConfig
 from speedrl_lab.learner import Rollout, weights_at
 from speedrl_lab.rewards.example import colorfulness
 from speedrl_lab.rewards.speed import speed_reward
 from speedrl_lab.rl import weigh
+from speedrl_lab.runs import Run
 from speedrl_lab.trajectory import Trajectory
 
 PACED = SamplerConfig(steps=8, order="halton", schedule="paced")
@@ -162,11 +163,39 @@ def test_rollouts_of_large_pictures_are_small(tmp_path):
     assert path.stat().st_size < 4 * G * 3 * 64 * 32 + 20_000
 
 
+def test_draw_takes_any_iteration_and_never_a_practised_one():
+    config = TrainConfig(
+        sampler=replace(PACED, steps=4), num_groups=2, group_size=4, quality_weights={"twos": 1.0}, speed_weight=0.3,
+        practice_steps=[2],
+    )  # fmt: skip
+    rewards = {"twos": share_of_twos, "speed": speed_reward}
+    drawn = [whatif.draw(make_toy(pace=True), ["a", "bc"], rewards, config, iteration) for iteration in (0, 1)]
+    assert all(rollout.trajectory.sampler.schedule == "paced" for rollout in drawn)
+    assert not torch.equal(drawn[0].trajectory.tokens, drawn[1].trajectory.tokens)
+
+
+def test_a_run_keeps_its_rollouts_and_can_be_deleted(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEEDRL_OUTPUTS", str(tmp_path))
+    run = Run.open("group/mine", {"seed": 0})
+    whatif.write_rollouts(run.path / whatif.FILE, made_up(), settings())
+    assert whatif.read_rollouts(tmp_path / "group" / "mine")[1] == settings()
+    assert trash.foreign(run.path) is None
+
+
+def test_rollouts_that_are_not_there_name_who_leaves_them_and_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEEDRL_OUTPUTS", str(tmp_path))
+    Run.open("empty", {"seed": 0})
+    said = "run 'empty' holds no rollouts.pt; 03_speed_rl leaves one where it ends; no run here has one yet"
+    with pytest.raises(FileNotFoundError, match=f"^{said}$"):
+        whatif.read_rollouts(tmp_path / "empty")
+    whatif.write_rollouts(Run.open("mine", {"seed": 0}).path / whatif.FILE, made_up(), settings())
+    with pytest.raises(FileNotFoundError, match="^there is no run 'mint'; .*; nearest that has one: 'mine'$"):
+        whatif.read_rollouts(tmp_path / "mint")
+
+
 @pytest.mark.parametrize("content", [b"no", None], ids=["foreign", "other"])
 def test_broken_files_are_one_line(tmp_path, content):
     path = tmp_path / "rollouts.pt"
-    with pytest.raises(FileNotFoundError, match="is not there"):
-        whatif.read_rollouts(path)
     path.write_bytes(content) if content else torch.save({"version": 99}, path)
     with pytest.raises(ValueError, match="truncated|no rollouts of version") as caught:
         whatif.read_rollouts(path)

@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
-from browse_notebooks import browser, lab, opened, playwright  # noqa: F401  (fixtures)
+import pytest
+
+pytest_plugins = ["browser_fixtures"]
+playwright = pytest.importorskip("playwright.sync_api")
 
 EXPLORER = ".widget-vbox:has(.js-plotly-plot)"
 SHOWN = f"{EXPLORER} .jupyter-widgets.widget-html img[src^='data:image/png']"
@@ -21,9 +24,10 @@ def wait_for_others(book, before: list[str]) -> list[str]:
     return sources(book)
 
 
-def test_frontier_explorer(opened, lab):  # noqa: F811
+def test_frontier_explorer(opened, lab):
     """Choices change figure, table and samples; the mouse shows a point, a click pins it; exports are files."""
     book = opened("05_frontier")
+    book.run()
     book.page.locator(f"{EXPLORER} .js-plotly-plot").first.scroll_into_view_if_needed()
     playwright.expect(book.page.locator(SHOWN).first).to_be_visible()
     book.shot("explorer")
