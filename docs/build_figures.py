@@ -32,10 +32,10 @@ def main(results: Path) -> None:
     tuned = lab.load_generator(device="cpu", policy=DATA / "weights" / "speed_rl.safetensors")
     searched = lab.load_base_samplers_by_passes()
     usual = lab.SamplerConfig(steps=16, order="confidence", guidance_scale=3.0)
-    own = lab.SamplerConfig(steps=8, schedule="paced", greedy_pace=True, temperature=0.8)
+    own = lab.SamplerConfig(steps=8, schedule="paced", greedy_pace=True)
     rows = {
         "base\n2 passes": (base, searched[2]),
-        "Speed-RL\n2 passes": (tuned, lab.SamplerConfig(steps=2, order="confidence")),
+        "Speed-RL\n2 passes": (tuned, lab.SamplerConfig(steps=2, schedule="power")),
         "base\n4 passes": (base, searched[4]),
         "Speed-RL\nown pace": (tuned, own),
         "base\n32 passes": (base, usual),
