@@ -84,9 +84,9 @@ def training(browser: Browser, address: str, home: Path) -> None:
     book.start()
     box = book.page.locator(".widget-vbox:has(.jupyter-button)").last
     shown = []
-    for iteration in range(4, 40, 5):
+    for iteration in range(4, 40, 6):
         book.wait(lambda least=iteration: len(lines(home / "outputs" / "training")) >= least, f"iteration {iteration}")
-        if iteration == 19:
+        if iteration == 22:  # the first cell of training ends at 20
             book.press("Pause")
             book.button("Paused").wait_for()
             book.enter("speed", "3")

@@ -106,7 +106,11 @@ class Board:
                     if not await self._goes_on() or count == most:
                         break
         finally:
+            late = {} if self.controls is None else self.controls.changes()
             self.close()
+            for name, weight in late.items():
+                told = f"{name} = {weight:g} was asked for after this cell's last iteration: enter it again"
+                sys.stdout.write(told + "\n")
         if self.controls is not None and self.controls.stopped:
             where = "" if self.run is None else f" {self.run.path / 'checkpoint.pt'} is written;"
             raise Stopped(

@@ -246,6 +246,16 @@ def test_stop_saves_and_go_on_ends_as_if_never_stopped(tmp_path, screen):
     assert sorted(board.moments) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_weight_asked_for_after_the_last_iteration_is_not_lost_in_silence(tmp_path, screen, capsys):
+    def act(board, done):
+        if done["iteration"] == 6:
+            board.controls.weights["speed"].value = 3.0
+
+    on_board(tmp_path / "run", act)
+    assert "speed = 3 was asked for after this cell's last iteration: enter it again" in capsys.readouterr().out
+    assert not any(record["changed"] for record in logged(tmp_path / "run"))
+
+
 def test_stop_ends_a_pause(tmp_path, screen, monkeypatch):
     def act(board, done):
         board.controls.pause.click()

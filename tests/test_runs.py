@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from speedrl_lab import runs
 from speedrl_lab.runs import Run
 
 SETTINGS = {"seed": 0, "iterations": 6, "quality_weights": {"clip": 1.0}, "budgets": (1, 2)}
