@@ -1,5 +1,6 @@
 """Two generators with random weights: the embedded one made tiny, and a toy that can be enumerated."""
 
+import socket
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -130,3 +131,14 @@ def emoji(tokenizer: Tokenizer) -> EmojiGenerator:
 @pytest.fixture
 def toy() -> Callable[..., ToyGenerator]:
     return make_toy
+
+
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    """Fails the test that asks the network."""
+
+    def refuse(*args):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
