@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,13 @@ def offline(monkeypatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="session")
+def benchmark():
+    """benchmarks/rl_update.py, whose plain replay is the slow way, and which counts memory."""
+    path = Path(__file__).parent.parent / "benchmarks" / "rl_update.py"
+    spec = spec_from_file_location("rl_update", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -6,7 +6,6 @@ import psutil
 import pytest
 import torch
 from conftest import share_of_twos, tiny_emoji
-from torch.profiler import ProfilerActivity, profile
 
 from speedrl_lab.adapters import add_lora
 from speedrl_lab.config import SamplerConfig, TrainConfig
@@ -25,18 +24,6 @@ CONFIG = TrainConfig(
 REWARDS = {"twos": share_of_twos}
 
 
-def peak_of(work) -> int:
-    """Bytes that the allocator of main memory handed out and did not get back, at the highest, since the start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        work()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
-
-
 @pytest.mark.parametrize(
     ("family", "change"),
     [
@@ -47,14 +34,14 @@ def peak_of(work) -> int:
         ("maskgit", {"sampler": SamplerConfig(steps=3, schedule="power", guidance_scale=2.0)}),
     ],
 )
-def test_the_peak_is_what_training_takes(family, change, request, tokenizer):
+def test_the_peak_is_what_training_takes(family, change, request, tokenizer, benchmark):
     """Tiny models: what is small beside activations in large ones, such as the sampler's books, is not here."""
     config = replace(CONFIG, **change)
     generator = tiny_emoji(tokenizer) if family == "emoji" else request.getfixturevalue("loaded")[family].copy()
     prompts = CLASSES if family == "maskgit" else CAPTIONS
     generator.encode(prompts)
     planned = plan(generator, config, REWARDS)
-    taken = peak_of(lambda: list(train(generator, prompts, REWARDS, config)))
+    taken = benchmark.peak(lambda: list(train(generator, prompts, REWARDS, config)), torch.device("cpu"))
     assert planned.fits and planned.held > 0
     assert taken / 1.3 < planned.needed - planned.held < taken * 1.3  # measured: 1.01 to 1.12 of what is taken
 

@@ -1,8 +1,6 @@
 """What makes an update cheap changes no gradient: rows, shared first states, a kept reference, micro-batches."""
 
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,16 +37,6 @@ ESTIMATED = {
     "adaptive": {"sampler": SamplerConfig(steps=3, schedule="adaptive")},
     **{name: {"estimator": name} for name in ("replay", "critical", "random_mask", "coupled", "one_step")},
 }
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """benchmarks/rl_update.py, whose plain replay is the slow way."""
-    path = Path(__file__).parent.parent / "benchmarks" / "rl_update.py"
-    spec = spec_from_file_location("rl_update", path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def work_of(benchmark, generator, config: TrainConfig):
