@@ -152,7 +152,7 @@ def nudged(generator: MaskedGenerator, scale: float, seed: int = 0) -> MaskedGen
 
 def _require_plain(sampler: SamplerConfig) -> None:
     """Raise ValueError for what a table of the network's outputs does not hold."""
-    for name, usual in (("guidance_scale", 1.0), ("temperature", 1.0)):
+    for name, usual in (("guidance_scale", 1.0), ("temperature", 1.0), ("first_temperature", 1.0)):
         if getattr(sampler, name) != usual:
             raise ValueError(f"{name}={getattr(sampler, name)!r}: estimators are compared with {usual!r}")
     if sampler.schedule in VARYING:

@@ -67,6 +67,9 @@ class SamplerConfig(_Checked):
     """s in z = u + s(c - u); 1 is off and costs one pass a step instead of two."""
     temperature: float = 1.0
     """Divides the logits of the tokens."""
+    first_temperature: float = 1.0
+    """Divides those of the first step once more. Its few tokens decide where samples of a prompt part: above 1 they
+    differ more, while later steps, kept cool, make each of them right."""
     choice_temperature: float = 1.0
     """Gumbel noise on the confidences, falling linearly to 0; confidence order only."""
     greedy_pace: bool = False
@@ -80,11 +83,12 @@ class SamplerConfig(_Checked):
         self._require(isinstance(self.steps, int) and self.steps >= 1, "steps", "an integer of at least 1")
         self._require(self.power > 0, "power", "a positive number")
         self._require(self.guidance_scale >= 0, "guidance_scale", "a number of at least 0 (1 is off)")
-        self._require(self.temperature > 0, "temperature", "a positive number")
+        for name in ("temperature", "first_temperature"):
+            self._require(getattr(self, name) > 0, name, "a positive number")
         self._require(self.choice_temperature >= 0, "choice_temperature", "a number of at least 0")
         self._require(0 < self.stop_confidence <= 1, "stop_confidence", "a number above 0, at most 1")
         self._require(0 <= self.start_noise <= 1, "start_noise", "a share from 0 to 1")
-        for name in ("temperature", "guidance_scale"):
+        for name in ("temperature", "first_temperature", "guidance_scale"):
             if self.schedule == "adaptive" and getattr(self, name) != 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: schedule='adaptive' chooses it; leave it at 1.0")
         if self.schedule in VARYING and self.order == "confidence":
@@ -132,6 +136,8 @@ class TrainConfig(_Checked):
     practice_steps: tuple[int, ...] = ()
     """Numbers of steps that every second rollout practises in turn, by the power schedule, so that the policy
     serves fixed budgets as well as its own pace; speed has no weight there."""
+    practice_noise: float = 0.0
+    """`start_noise` of a practised single step; `first_temperature` is not for it."""
     estimator: Literal["replay", "random_mask", "one_step", "coupled", "critical"] = "replay"
     """How the log-probability of a trajectory is estimated; `replay` is exact, the others are cheaper and biased."""
     order_factor: Literal["exact", "token_only"] = "exact"
@@ -189,6 +195,7 @@ class TrainConfig(_Checked):
         self._require(
             not self.practice_steps or min(self.practice_steps) >= 1, "practice_steps", "step counts from 1"
         )
+        self._require(0 <= self.practice_noise <= 1, "practice_noise", "a share from 0 to 1")
         self._require(0 <= self.filter_quantile < 1, "filter_quantile", "a number in [0, 1)")
         self._require(bool(self.quality_weights), "quality_weights", "at least one reward name")
         self._require(self.lora_rank >= 0, "lora_rank", "at least 0 (0 trains all weights)")
@@ -234,6 +241,8 @@ class TrainConfig(_Checked):
             "policy: give trained='policy'":
                 bool(self.practice_steps)
                 and (self.sampler.schedule not in VARYING or self.trained == "schedule"),
+            "practice_noise is for a practised single step: add 1 to practice_steps, or leave it out":
+                self.practice_noise > 0 and 1 not in self.practice_steps,
             "quality_weights holds 'speed', which has a weight of its own: speed_weight":
                 "speed" in self.quality_weights,
             f"schedule={self.sampler.schedule!r} leaves trained='schedule' nothing to learn; use 'paced' or 'adaptive'":

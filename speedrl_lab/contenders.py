@@ -36,8 +36,13 @@ KINDS = (
     SamplerConfig(schedule="power", power=2.0),
 )
 TEMPERATURES = (1.0, 0.8, 1.2)
+HOT_STARTS = tuple(
+    {"first_temperature": first, "temperature": temperature} for first in (2.0, 3.0) for temperature in (0.8, 0.6)
+)
+"""Settings under which samples of a prompt part in their first step and keep to the likely afterwards."""
 CANDIDATES = (
     *(replace(kind, temperature=temperature) for kind in KINDS for temperature in TEMPERATURES),
+    *(replace(kind, **hot) for kind in KINDS[2:] for hot in HOT_STARTS),
     *(replace(kind, guidance_scale=2.0) for kind in (KINDS[0], KINDS[2])),
 )
 """What a tuned policy may be sampled with."""
@@ -187,11 +192,11 @@ def fixed_pool(passes: int) -> list[SamplerConfig]:
 
 def own_pool(kind: str, steps: int) -> list[SamplerConfig]:
     """Settings with which a `paced` or `adaptive` head chooses, in at most so many steps."""
-    temperatures = (1.0,) if kind == "adaptive" else TEMPERATURES
-    return [
-        SamplerConfig(steps=steps, schedule=kind, greedy_pace=greedy, temperature=temperature)
-        for greedy in (True, False) for temperature in temperatures
-    ]  # fmt: skip
+    each = [SamplerConfig(steps=steps, schedule=kind, greedy_pace=greedy) for greedy in (True, False)]
+    if kind == "adaptive":
+        return each  # chooses temperatures itself
+    plain = [replace(sampler, temperature=temperature) for sampler in each for temperature in TEMPERATURES]
+    return plain + [replace(sampler, **hot) for sampler in each for hot in HOT_STARTS]
 
 
 def search_key(generator: MaskedGenerator, prompts: Sequence[str]) -> str:

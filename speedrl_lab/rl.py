@@ -195,7 +195,8 @@ def sampler_at(config: TrainConfig, iteration: int) -> SamplerConfig:
     if not (practises and config.practice_steps):
         return config.sampler
     steps = config.practice_steps[turn % len(config.practice_steps)]
-    return replace(config.sampler, schedule="power", steps=steps)
+    sampler = replace(config.sampler, schedule="power", steps=steps)
+    return sampler if steps > 1 else replace(sampler, start_noise=config.practice_noise, first_temperature=1.0)
 
 
 def weigh(drawn: Rollout, config: TrainConfig, weights: Weights) -> Advantages:

@@ -47,7 +47,8 @@ def policy_logits(
     those of `guided_logits`.
     """
     logits = guided_logits(generator, tokens, cond, sampler.guidance_scale, step, rows, null, alike)
-    return logits if sampler.temperature == 1.0 else logits / sampler.temperature
+    temperature = sampler.temperature * (sampler.first_temperature if step.index == 0 else 1.0)
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def steered_log_probs(

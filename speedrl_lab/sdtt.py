@@ -77,7 +77,7 @@ class MultiStepMatching:
         config = self.config
         guided = replace(
             self.sampler, steps=config.teacher_steps, schedule="cosine", guidance_scale=config.teacher_guidance,
-            temperature=1.0, start_noise=0.0,
+            temperature=1.0, first_temperature=1.0, start_noise=0.0,
         )  # fmt: skip
         chosen = [self.prompts[row] for row in chosen_prompts(self.prompts, self.seed, -1, config.pool_size)]
         parts, forwards = [], 0

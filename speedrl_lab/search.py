@@ -17,8 +17,8 @@ from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.rewards.embedded import load_detector
 from speedrl_lab.runs import write_atomic
 
-SCREEN, FINALISTS = 3, 3
-"""A search screens its candidates on every third prompt and judges the best three on all."""
+SCREEN, FINALISTS = 3, 6
+"""A search screens its candidates on every third prompt and judges the best six on all."""
 BASE_SAMPLERS = compositor.DATA / "base_samplers.json"
 BASE_SAMPLERS_BY_PASSES = compositor.DATA / "base_samplers_by_passes.json"
 

@@ -76,7 +76,9 @@ def test_every_pool_costs_its_passes_and_offers_what_fairness_asks(emoji):
     one, four = contenders.fixed_pool(1), contenders.fixed_pool(4)
     assert {sampler.start_noise for sampler in one} == {0.0, 0.4} and all(sampler.steps == 1 for sampler in one)
     assert {sampler.order for sampler in four} == {"confidence", "halton"}
-    assert {sampler.temperature for sampler in four} == {1.0, 0.8, 1.2}
+    assert {(s.temperature, s.first_temperature) for s in four} == {
+        (1.0, 1.0), (0.8, 1.0), (1.2, 1.0), (0.8, 2.0), (0.6, 2.0), (0.8, 3.0), (0.6, 3.0),
+    }  # fmt: skip
     assert {(s.guidance_scale, s.steps) for s in four} == {(1.0, 4), (2.0, 2)}
     assert all(sampler.guidance_scale == 1.0 for sampler in contenders.fixed_pool(3))
     for passes, pool in ((1, one), (4, four)):
@@ -94,11 +96,11 @@ def test_the_head_says_how_a_policy_is_sampled(tokenizer, counted, kind, names):
     assert [contender.name for contender in found] == names
     assert all(contender.trainings == trainings for contender in found)
     if kind != "adaptive":
-        assert list(found[0].samplers) == [1, 4] and found[0].samplers[4].temperature == 0.8
+        assert list(found[0].samplers) == [1, 4] and found[0].samplers[4].temperature == 0.6
     if kind != "none":
         own = found[-1].samplers
         assert list(own) == [3] and own[3].steps == 3 and own[3].schedule == kind
-        assert own[3].temperature == (1.0 if kind == "adaptive" else 0.8)
+        assert own[3].temperature == (1.0 if kind == "adaptive" else 0.6)
 
 
 def test_trainings_with_other_heads_are_refused(tokenizer, counted):

@@ -18,7 +18,7 @@ from speedrl_lab.trajectory import Trajectory
 
 PROMPT = "a dog"
 HALTON = SamplerConfig(steps=2, schedule="linear")
-RANDOM = SamplerConfig(steps=3, order="random", temperature=0.8)
+RANDOM = SamplerConfig(steps=3, order="random", temperature=0.8, first_temperature=1.5)
 CONFIDENCE = SamplerConfig(steps=2, order="confidence", schedule="linear")
 SAMPLERS = [
     HALTON,

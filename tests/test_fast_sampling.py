@@ -21,7 +21,7 @@ CAPTIONS = ["a dog", "two cats on a red background", "a dog", "a dog", "a star l
 CLASSES = ["tench", "7", "tench", "tench", "golden retriever"]
 PLAIN = [
     SamplerConfig(steps=1),
-    SamplerConfig(steps=3, order="confidence", choice_temperature=2.0, temperature=0.8),
+    SamplerConfig(steps=3, order="confidence", choice_temperature=2.0, temperature=0.8, first_temperature=1.5),
     SamplerConfig(steps=3, order="random", schedule="linear", guidance_scale=2.5),
     SamplerConfig(steps=2, order="confidence", guidance_scale=3.0, choice_temperature=0.0),
     SamplerConfig(steps=2, start_noise=0.5, guidance_scale=2.0),
@@ -72,7 +72,8 @@ def written_plainly(generator, prompts: list[str], sampler: SamplerConfig, seed:
         if sampler.guidance_scale != 1:
             free = generator.logits(shown, generator.null(len(prompts)), info)
             logits = free + sampler.guidance_scale * (logits - free)
-        log_probs = (logits / sampler.temperature).log_softmax(-1)  # (B, N, V)
+        temperature = sampler.temperature * (1 if step else sampler.first_temperature)
+        log_probs = (logits / temperature).log_softmax(-1)  # (B, N, V)
         cumulative = log_probs.exp().cumsum(-1)
         target = noise.uniforms(keys, noise.TOKEN, step, spec.num_tokens)[..., None] * cumulative[..., -1:]
         drawn = torch.searchsorted(cumulative, target).clamp(max=spec.codebook_size - 1)  # (B, N, 1)

@@ -21,7 +21,7 @@ SAMPLERS = [
     SamplerConfig(steps=4, order="halton"),
     SamplerConfig(steps=5, order="random", schedule="power"),
     SamplerConfig(steps=3, guidance_scale=2.5),
-    SamplerConfig(steps=3, temperature=0.7),
+    SamplerConfig(steps=3, temperature=0.7, first_temperature=2.0),
     SamplerConfig(steps=6, schedule="paced"),
     SamplerConfig(steps=6, schedule="paced", order="random", guidance_scale=1.5, temperature=1.3),
 ]
@@ -30,7 +30,7 @@ ORDER = torch.tensor([2, 0, 3, 1])
 
 
 def label(sampler: SamplerConfig) -> str:
-    return f"{sampler.order}-{sampler.schedule}-{sampler.guidance_scale}-{sampler.temperature}"
+    return f"{sampler.order}-{sampler.schedule}-{sampler.guidance_scale}-{sampler.temperature}-{sampler.first_temperature}"
 
 
 def stored(trajectory: Trajectory) -> Tensor:
@@ -85,7 +85,8 @@ def probability(generator, grid: Tensor, reveal_step: Tensor, sampler: SamplerCo
         if sampler.guidance_scale != 1.0:
             free = generator.logits(state, generator.null(1), info)[0]
             logits = free + sampler.guidance_scale * (logits - free)
-        chances = (logits / sampler.temperature).softmax(-1)
+        temperature = sampler.temperature * (sampler.first_temperature if step == 0 else 1)
+        chances = (logits / temperature).softmax(-1)
         for position in (reveal_step == step).nonzero().flatten().tolist():
             total = total * chances[position, grid[position]]
     return total
@@ -94,7 +95,7 @@ def probability(generator, grid: Tensor, reveal_step: Tensor, sampler: SamplerCo
 TOY_SAMPLERS = [
     SamplerConfig(steps=1),
     SamplerConfig(steps=2, schedule="linear"),
-    SamplerConfig(steps=4),
+    SamplerConfig(steps=4, temperature=0.7, first_temperature=3.0),
     SamplerConfig(steps=3, schedule="power", guidance_scale=2.0, temperature=0.8),
 ]
 

@@ -16,7 +16,7 @@ from speedrl_lab.generator import StepInfo
 from speedrl_lab.objective import forward_kl, reverse_kl
 from speedrl_lab.pace import PaceHead, head_for
 from speedrl_lab.rewards.speed import speed_reward
-from speedrl_lab.rl import Learner, Rollout, train
+from speedrl_lab.rl import Learner, Rollout, rollout, sampler_at, train
 from speedrl_lab.sampler import sample
 
 PROMPTS = ["a dog", "two cats", "a frog left of a pig", "a star on a red background"]
@@ -549,9 +549,23 @@ def test_a_practised_rollout_trains_the_policy_and_not_the_pace(toy):
     assert max(frozen) == 0
 
 
+def test_a_practised_single_step_may_start_from_noise(toy):
+    hot = replace(PACED, first_temperature=2.0)
+    config = replace(TOY, sampler=hot, iterations=4, practice_steps=(1, 2), practice_noise=0.5)
+    drawn_with = [sampler_at(config, iteration) for iteration in range(4)]
+    assert [sampler.start_noise for sampler in drawn_with] == [0, 0.5, 0, 0]
+    assert [sampler.first_temperature for sampler in drawn_with] == [2, 1, 2, 2]
+    drawn = rollout(toy(), PROMPTS, TWOS, config, iteration=1)
+    assert drawn.trajectory.start is not None
+    records = list(train(toy(), PROMPTS, TWOS, config))
+    assert all(record["ratio_deviation"] < 1e-5 for record in records), "the replay starts from the same noise"
+
+
 def test_practice_needs_a_schedule_beside_it():
     with pytest.raises(ValueError, match="practice_steps act beside"):
         TrainConfig(practice_steps=(1,))
+    with pytest.raises(ValueError, match="add 1 to practice_steps"):
+        TrainConfig(sampler=PACED, practice_steps=(2,), practice_noise=0.4)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_a_large_pool_is_screened_and_shared_samplers_are_drawn_once(emoji, monk
     monkeypatch.setattr(search, "prompt_scores", preferring(lambda s: -abs(s.temperature - 1.3), calls))
     best = search.best_samplers(emoji, [*PROMPTS, PROMPTS[0]], {"all": pool, "few": pool[2:5]})
     assert best == {"all": pool[3], "few": pool[3]}
-    assert len(calls) == len(set(calls)) == 8 + 3
+    assert len(calls) == len(set(calls)) == 8 + search.FINALISTS
     drawn = [prompt for sampler, prompts in calls for prompt in prompts if sampler == pool[3]]
     assert sorted(drawn) == sorted(PROMPTS)  # the finalists saw every prompt, once
     assert {prompts for _, prompts in calls[:8]} == {tuple(PROMPTS[::3])}
