@@ -9,25 +9,22 @@ cores.
 """
 
 import sys
+from dataclasses import replace
 
 from tqdm import tqdm
 
-from speedrl_lab import SamplerConfig, load_generator, load_prompts
+from speedrl_lab import load_generator, load_prompts
+from speedrl_lab.contenders import KINDS, UNGUIDED
 from speedrl_lab.search import best_samplers, save_base_samplers, with_passes, with_steps
 
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16)
 PASSES = (*STEPS, 5, 24, 32)
 CANDIDATES = [
-    SamplerConfig(order=order, schedule=schedule, guidance_scale=scale, temperature=temperature, **more)
-    for scale in (1.0, 2.0, 3.0)
-    for order, schedule, temperature, more in (
-        ("confidence", "cosine", 1.0, {"choice_temperature": 1.0}),
-        ("confidence", "cosine", 1.0, {"choice_temperature": 4.0}),
-        ("confidence", "cosine", 0.8, {"choice_temperature": 1.0}),
-        ("halton", "cosine", 1.0, {}),
-        ("halton", "power", 1.0, {"power": 3.0}),
-    )
-]
+    *UNGUIDED,
+    *(replace(kind, guidance_scale=scale, temperature=temperature)
+      for kind in KINDS for scale in (1.5, 2.0, 3.0) for temperature in (1.0, 0.7)),
+]  # fmt: skip
+"""What tuned policies may be sampled with, and guidance of three scales."""
 
 
 def main(num_prompts: int) -> None:

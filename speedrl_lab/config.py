@@ -76,7 +76,7 @@ class SamplerConfig(_Checked):
     """Take the most probable pace instead of drawing one (evaluation)."""
     start_noise: float = 0.0
     """Share of positions that show a random code instead of a mask in the first step, where they are drawn all
-    the same: what a one-step generator takes its diversity from (Di[M]O, arXiv 2503.15457)."""
+    the same: what a generator of one or few steps takes its diversity from (Di[M]O, arXiv 2503.15457)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,9 +135,7 @@ class TrainConfig(_Checked):
     `k1`, `k2`, `k3` estimate the reverse one from the tokens drawn."""
     practice_steps: tuple[int, ...] = ()
     """Numbers of steps that every second rollout practises in turn, by the power schedule, so that the policy
-    serves fixed budgets as well as its own pace; speed has no weight there."""
-    practice_noise: float = 0.0
-    """`start_noise` of a practised single step; `first_temperature` is not for it."""
+    serves fixed budgets as well as its own pace; without a weight of speed, a single one without first_temperature."""
     estimator: Literal["replay", "random_mask", "one_step", "coupled", "critical"] = "replay"
     """How the log-probability of a trajectory is estimated; `replay` is exact, the others are cheaper and biased."""
     order_factor: Literal["exact", "token_only"] = "exact"
@@ -195,7 +193,6 @@ class TrainConfig(_Checked):
         self._require(
             not self.practice_steps or min(self.practice_steps) >= 1, "practice_steps", "step counts from 1"
         )
-        self._require(0 <= self.practice_noise <= 1, "practice_noise", "a share from 0 to 1")
         self._require(0 <= self.filter_quantile < 1, "filter_quantile", "a number in [0, 1)")
         self._require(bool(self.quality_weights), "quality_weights", "at least one reward name")
         self._require(self.lora_rank >= 0, "lora_rank", "at least 0 (0 trains all weights)")
@@ -241,8 +238,6 @@ class TrainConfig(_Checked):
             "policy: give trained='policy'":
                 bool(self.practice_steps)
                 and (self.sampler.schedule not in VARYING or self.trained == "schedule"),
-            "practice_noise is for a practised single step: add 1 to practice_steps, or leave it out":
-                self.practice_noise > 0 and 1 not in self.practice_steps,
             "quality_weights holds 'speed', which has a weight of its own: speed_weight":
                 "speed" in self.quality_weights,
             f"schedule={self.sampler.schedule!r} leaves trained='schedule' nothing to learn; use 'paced' or 'adaptive'":

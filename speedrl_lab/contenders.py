@@ -35,19 +35,26 @@ KINDS = (
     SamplerConfig(schedule="power"),
     SamplerConfig(schedule="power", power=2.0),
 )
-TEMPERATURES = (1.0, 0.8, 1.2)
+TEMPERATURES = (1.0, 0.8, 0.6, 1.2)
 HOT_STARTS = tuple(
     {"first_temperature": first, "temperature": temperature} for first in (2.0, 3.0) for temperature in (0.8, 0.6)
 )
 """Settings under which samples of a prompt part in their first step and keep to the likely afterwards."""
-CANDIDATES = (
+UNGUIDED = (
     *(replace(kind, temperature=temperature) for kind in KINDS for temperature in TEMPERATURES),
     *(replace(kind, **hot) for kind in KINDS[2:] for hot in HOT_STARTS),
+)
+"""What everyone may be sampled with, the base as well."""
+NOISY = tuple({"start_noise": 0.4, "temperature": temperature} for temperature in TEMPERATURES[:3])
+"""Di[M]O's start (arXiv 2503.15457), for policies that have learned it."""
+CANDIDATES = (
+    *UNGUIDED,
+    *(replace(kind, **noisy) for kind in KINDS[2:] for noisy in NOISY),
     *(replace(kind, guidance_scale=2.0) for kind in (KINDS[0], KINDS[2])),
 )
 """What a tuned policy may be sampled with."""
-ONE_STEP = tuple(SamplerConfig(temperature=t, start_noise=share) for share in (0.0, 0.4) for t in (1.0, 0.8))
-"""The same for a single pass, where order and schedule change nothing; start noise is Di[M]O's (arXiv 2503.15457)."""
+ONE_STEP = tuple(SamplerConfig(temperature=t, start_noise=share) for share in (0.0, 0.4) for t in TEMPERATURES[:3])
+"""The same for a single pass, where order and schedule change nothing."""
 FOLDER = "search"
 SEARCHING = [*CODE, *cache.sources("search")]
 """The code that decides a search, for the key under which it is kept."""
@@ -196,7 +203,7 @@ def own_pool(kind: str, steps: int) -> list[SamplerConfig]:
     if kind == "adaptive":
         return each  # chooses temperatures itself
     plain = [replace(sampler, temperature=temperature) for sampler in each for temperature in TEMPERATURES]
-    return plain + [replace(sampler, **hot) for sampler in each for hot in HOT_STARTS]
+    return plain + [replace(sampler, **start) for sampler in each for start in (*HOT_STARTS, *NOISY)]
 
 
 def search_key(generator: MaskedGenerator, prompts: Sequence[str]) -> str:

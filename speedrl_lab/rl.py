@@ -196,7 +196,7 @@ def sampler_at(config: TrainConfig, iteration: int) -> SamplerConfig:
         return config.sampler
     steps = config.practice_steps[turn % len(config.practice_steps)]
     sampler = replace(config.sampler, schedule="power", steps=steps)
-    return sampler if steps > 1 else replace(sampler, start_noise=config.practice_noise, first_temperature=1.0)
+    return sampler if steps > 1 else replace(sampler, first_temperature=1.0)
 
 
 def weigh(drawn: Rollout, config: TrainConfig, weights: Weights) -> Advantages:

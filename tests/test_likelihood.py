@@ -30,7 +30,8 @@ ORDER = torch.tensor([2, 0, 3, 1])
 
 
 def label(sampler: SamplerConfig) -> str:
-    return f"{sampler.order}-{sampler.schedule}-{sampler.guidance_scale}-{sampler.temperature}-{sampler.first_temperature}"
+    settings = ("order", "schedule", "guidance_scale", "temperature", "first_temperature")
+    return "-".join(str(getattr(sampler, name)) for name in settings)
 
 
 def stored(trajectory: Trajectory) -> Tensor:
