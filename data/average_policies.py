@@ -2,8 +2,8 @@
 
     python data/average_policies.py LEFT RIGHT SHARE OUT      # SHARE of RIGHT, 0 to 1
 
-Between two tunings of one base lies a curve of compromises (rewarded soups, arXiv 2306.04488). The pace head is
-LEFT's, where RIGHT has none.
+Between two tunings of one base lies a curve of compromises (rewarded soups, arXiv 2306.04488). Where one alone has a
+pace head, it is kept.
 """
 
 import sys
@@ -20,6 +20,7 @@ def main(left: str, right: str, share: str, out: str) -> None:
     interpolate(mixed.policy, other.policy, float(share))
     if mixed.pace is not None and other.pace is not None:
         interpolate(mixed.pace, other.pace, float(share))
+    mixed.pace = mixed.pace or other.pace  # where one alone has a head, that one
     mixed.save_policy(out, origin=f"data/average_policies.py {Path(left).name} {Path(right).name} {share}")
 
 

@@ -74,6 +74,9 @@ class SamplerConfig(_Checked):
     """Gumbel noise on the confidences, falling linearly to 0; confidence order only."""
     greedy_pace: bool = False
     """Take the most probable pace instead of drawing one (evaluation)."""
+    revise: bool = False
+    """Every step draws anew what earlier steps drew, for a network that has learned to (`method="revise"`): mistakes
+    of tokens drawn side by side are mended. The last step decides every token."""
     start_noise: float = 0.0
     """Share of positions that show a random code instead of a mask in the first step, where they are drawn all
     the same: what a generator of one or few steps takes its diversity from (Di[M]O, arXiv 2503.15457)."""
@@ -93,6 +96,8 @@ class SamplerConfig(_Checked):
                 raise ValueError(f"{name}={getattr(self, name)!r}: schedule='adaptive' chooses it; leave it at 1.0")
         if self.schedule in VARYING and self.order == "confidence":
             raise ValueError(f"schedule={self.schedule!r} needs a model-independent order: 'halton' or 'random'")
+        if self.revise and self.order == "confidence":
+            raise ValueError("revise=True needs a model-independent order: 'halton' or 'random'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +251,8 @@ class TrainConfig(_Checked):
                 frozen and self.sampler.schedule == "paced" and self.sampler.steps == 1,
             "trained='schedule' leaves the policy as it is; leave lora_rank, ema_decay and estimator at their defaults":
                 frozen and (self.lora_rank > 0 or self.ema_decay > 0 or self.estimator != "replay"),
+            f"estimator={self.estimator!r} knows nothing of drafts that were revised; revise=True needs 'replay'":
+                self.sampler.revise and self.estimator != "replay",
             f"estimator={self.estimator!r} makes states without an action; schedule='adaptive' needs 'replay'":
                 self.sampler.schedule == "adaptive" and self.estimator not in ("replay", "critical"),
             "policy_dtype='bfloat16' is for weights that are not trained, whose small steps it would round away; set "
@@ -280,9 +287,10 @@ class TrainConfig(_Checked):
 class DistillConfig(_Checked):
     """The distillation rivals of Speed-RL."""
 
-    method: Literal["sdtt", "dimo"] = "sdtt"
+    method: Literal["sdtt", "dimo", "revise"] = "sdtt"
     """`sdtt`: one student step matches two guided teacher steps, in rounds (arXiv 2410.21035). `dimo`: samples of
-    one to a few steps match the teacher token by token, with an auxiliary model of them (arXiv 2503.15457)."""
+    one to a few steps match the teacher token by token, with an auxiliary model of them (arXiv 2503.15457). `revise`:
+    learns to draw anew what it already drew, from the teacher's samples (ours)."""
     distill_iterations: int = 600
     """Optimizer steps of the student."""
     distill_batch_size: int = 96
@@ -291,14 +299,16 @@ class DistillConfig(_Checked):
     """Of the student (Adam); warms up over 20 iterations and falls linearly to 0."""
     teacher_guidance: float = 2.0
     """Guidance scale of the teacher, folded into the student."""
+    teacher_temperature: float = 1.0
+    """revise: token temperature of the teacher, folded into the student."""
     reverse_share: float = 0.0
     """Share of KL(student, teacher) in the loss, the rest is KL(teacher, student); `dimo` may go below 0."""
     rounds: int = 3
     """sdtt: rounds; after each the student is the teacher of the next, which takes half the steps."""
     teacher_steps: int = 16
-    """sdtt: steps of the first teacher over a whole picture."""
+    """sdtt, revise: steps of the first teacher over a whole picture."""
     pool_size: int = 2048
-    """sdtt: teacher samples that states are made from."""
+    """sdtt, revise: teacher samples that states are made from."""
     student_steps: tuple[int, ...] = (1, 2, 4)
     """dimo: steps of the student's samples, in turn."""
     auxiliary_learning_rate: float = 5e-4
@@ -314,6 +324,7 @@ class DistillConfig(_Checked):
             self._require(getattr(self, name) > 0, name, "a positive number")
         self._require(0 <= self.distill_ema < 1, "distill_ema", "a number in [0, 1)")
         self._require(self.teacher_guidance >= 0, "teacher_guidance", "a number of at least 0 (1 is off)")
+        self._require(self.teacher_temperature > 0, "teacher_temperature", "a positive number")
         self._require(-1 <= self.reverse_share <= 1, "reverse_share", "a number from -1 to 1")
         self._require(
             self.teacher_steps % 2**self.rounds == 0,
@@ -402,6 +413,10 @@ class RunConfig(_Checked):
     """`auto` takes CUDA where there is one."""
     matmul_precision: Literal["highest", "medium"] = "highest"
     """Of float32 products in training; `medium` multiplies in bfloat16, 1.6x faster where a CPU can."""
+    compiled: bool = False
+    """Run the network by torch.compile (emoji, tiny): about a third less time, after first calls that compile for one
+    or two minutes, some 20 s where a process before left its kernels. Equal up to rounding, so that a seed can draw
+    other tokens. A CPU needs a C++ compiler."""
     train: TrainConfig = TrainConfig()
     distillation: DistillConfig = DistillConfig()
     evaluation: EvalConfig = EvalConfig()

@@ -1,7 +1,7 @@
 """Distillation, the rival of Speed-RL: the same call, records, checkpoints and weights file as `rl.train`.
 
-Both methods need prompts and the generator alone, no pictures: states are made from samples of the
-teacher (`sdtt`) or of the student itself (`dimo`). Costs are counted as in `rl`: forward passes of any of
+All methods need prompts and the generator alone, no pictures: states are made from samples of the
+teacher (`sdtt`, `revise`) or of the student itself (`dimo`). Costs are counted as in `rl`: forward passes of any of
 the networks involved, and as `passes` with every backward pass as two forward ones.
 """
 
@@ -13,6 +13,7 @@ from speedrl_lab.average import Average
 from speedrl_lab.config import VARYING, DistillConfig, SamplerConfig
 from speedrl_lab.dimo import TokenMatching
 from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.revising import Revising
 from speedrl_lab.runs import Run
 from speedrl_lab.sdtt import MultiStepMatching
 
@@ -31,12 +32,13 @@ def distill(
     """Turn `generator` in place into a student of what it was, and yield one record an iteration.
 
     `sampler` says how the student will be drawn: order, power, start_noise; its steps, guidance and
-    temperature play no part. Stop by leaving the loop; with a `run`, call again to go on, bit for bit on a
-    CPU. Raises ValueError before any work for settings that cannot be met.
+    temperature play no part. `revise` also draws the teacher's samples with its schedule and power. Stop by
+    leaving the loop; with a `run`, call again to go on, bit for bit on a CPU. Raises ValueError before any work
+    for settings that cannot be met.
     """
     check(generator, prompts, config, sampler)
-    kind = MultiStepMatching if config.method == "sdtt" else TokenMatching
-    method = kind(generator, prompts, config, sampler, seed)
+    kinds = {"sdtt": MultiStepMatching, "dimo": TokenMatching, "revise": Revising}
+    method = kinds[config.method](generator, prompts, config, sampler, seed)
     average = Average(generator.policy, config.distill_ema)
     iteration = 0
 
@@ -84,8 +86,8 @@ def check(generator: MaskedGenerator, prompts: Sequence[str], config: DistillCon
         raise ValueError("order='confidence' depends on the model; distil with order='halton' or 'random'")
     if sampler.schedule in VARYING:
         raise ValueError(f"schedule={sampler.schedule!r} has no fixed counts; distil with schedule='power'")
-    name = "teacher_steps" if config.method == "sdtt" else "student_steps"
-    most = config.teacher_steps if config.method == "sdtt" else max(config.student_steps)
+    name = "student_steps" if config.method == "dimo" else "teacher_steps"
+    most = max(config.student_steps) if config.method == "dimo" else config.teacher_steps
     if most > num_tokens:
         raise ValueError(f"{name}={getattr(config, name)}: expected at most {num_tokens} steps, one a token")
     generator.encode(list(prompts))  # an unreadable prompt fails here

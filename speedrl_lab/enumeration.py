@@ -59,6 +59,8 @@ def enumerate_trajectories(
     """
     if sampler.schedule == "adaptive":
         raise ValueError("schedule='adaptive' is not enumerated; take schedule='paced'")
+    if sampler.revise:
+        raise ValueError("revise=True is not enumerated: every step draws everything anew; take revise=False")
     if sampler.schedule == "paced" and generator.pace is None:
         raise ValueError(f"schedule='paced' needs a pace head and generator {generator.spec.name!r} has none")
     count = count_trajectories(generator, sampler)

@@ -181,7 +181,7 @@ def _states(generator: MaskedGenerator, count: int) -> Tensor:
 def _most_rows(generator: MaskedGenerator, sampler: SamplerConfig, estimator: str = "replay") -> int:
     """Positions of a sample whose logits are wanted at once, at most."""
     num_tokens = generator.spec.num_tokens
-    fixed = sampler.schedule not in VARYING and sampler.order != "confidence"
+    fixed = sampler.schedule not in VARYING and sampler.order != "confidence" and not sampler.revise
     if not fixed or estimator not in ("replay", "critical"):
         return num_tokens
     return int(reveal_counts(num_tokens, sampler.steps, sampler.schedule, sampler.power).max())

@@ -1,7 +1,8 @@
 """Log-probability of a trajectory: exact replay, and the cheaper estimators of the field beside it.
 
 log pi = sum over steps of log P(pace) + log P(choice of positions) + sum over tokens of log p(token | state).
-With a model-independent order (Halton, random) the choice is a constant, left out. In confidence order every
+With a model-independent order (Halton, random) the choice is a constant, left out. Where steps revise, every token
+that a step drew counts, those that were drawn anew later as well. In confidence order every
 masked position proposes a token and an ordered Plackett-Luce draw keeps some of them, so that the proposals
 that were thrown away belong to the probability as well.
 
@@ -65,21 +66,21 @@ def _replayed(trajectory: Trajectory, wanted: Tensor, batch_size: int) -> Iterat
     for step in range(wanted.shape[1]):
         alive = (wanted[:, step] & (trajectory.steps > step)).nonzero().flatten()
         for samples in alive.split(batch_size) if len(alive) else ():
-            scored = trajectory.revealed(step)[samples]  # (S, N)
-            visit = _visit(trajectory, step, samples, trajectory.state(step)[samples], scored, trajectory.log_prob)
+            scored, codes, stored = trajectory.drawn(step)
+            visit = _visit(step, samples, trajectory.state(step)[samples], scored[samples], codes, stored)
             yield visit if trajectory.pace is None else replace(visit, pace=trajectory.pace[samples, step])
 
 
 def _visit(
-    trajectory: Trajectory,
     step: int,
     samples: Tensor,
     tokens: Tensor,
     scored: Tensor,
+    codes: Tensor,
     stored: Tensor | None,
     weight: float = 1.0,
 ) -> Visit:
-    """Score the final tokens at `scored` bool (S, N) in the states `tokens` (S, N)."""
+    """Score `codes` (B, N) of all samples at `scored` bool (S, N) in the states `tokens` (S, N)."""
     row, position = scored.nonzero(as_tuple=True)
     owners = samples[row]
     return Visit(
@@ -89,7 +90,7 @@ def _visit(
         rows=row * tokens.shape[1] + position,
         owners=owners,
         positions=position,
-        codes=trajectory.tokens[owners, position],
+        codes=codes[owners, position],
         stored=None if stored is None else stored[owners, position],
         weight=weight,
     )
@@ -148,7 +149,7 @@ def _remasked(trajectory: Trajectory, estimator: str, seed: int, batch_size: int
         step = int((1 - float(masked[0].float().mean())) * most)  # what a network with a time input is told
         for samples in torch.arange(count, device=device).split(batch_size):
             shown = torch.where(masked, trajectory.mask_id, trajectory.tokens)[samples]
-            yield _visit(trajectory, min(step, most - 1), samples, shown, masked[samples], None, weight)
+            yield _visit(min(step, most - 1), samples, shown, masked[samples], trajectory.tokens, None, weight)
 
 
 def _critical(trajectory: Trajectory) -> Tensor:
@@ -202,6 +203,8 @@ def check_likelihood(sampler: SamplerConfig | None, estimator: str, order_factor
             f"estimator={estimator!r} makes states in which schedule='adaptive' chose no temperature and guidance; "
             "take 'replay' or 'critical'"
         )
+    if sampler is not None and sampler.revise and estimator != "replay":
+        raise ValueError(f"estimator={estimator!r} knows nothing of drafts that were revised; take 'replay'")
     deterministic = sampler is not None and sampler.order == "confidence" and sampler.choice_temperature == 0
     if deterministic and estimator == "replay" and order_factor == "exact" and sampler.steps > 1:
         raise ValueError(

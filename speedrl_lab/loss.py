@@ -37,7 +37,8 @@ def kept_bytes(config: TrainConfig, rows: int, codebook_size: int) -> int:
 def scored_tokens(config: TrainConfig, num_tokens: int) -> int:
     """Tokens that one update scores, at most."""
     proposes = config.sampler.order == "confidence" and config.estimator == "replay" and config.order_factor == "exact"
-    return config.num_groups * config.group_size * num_tokens * (config.sampler.steps if proposes else 1)
+    each = config.sampler.steps if proposes or config.sampler.revise else 1
+    return config.num_groups * config.group_size * num_tokens * each
 
 
 def merged_start(visit: Visit, prompt_of: Tensor) -> Visit:

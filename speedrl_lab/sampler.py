@@ -4,7 +4,7 @@ A step costs one forward pass of the network on each unfinished sample, two with
 masks alone and is computed once a prompt, whatever the number of its samples; unconditionally once. The head is
 computed only at the rows that need it, and prompts once before the loop. With a fixed schedule the loop never
 waits for the device. Sampling mathematics is float32; a token is drawn by inverting the cumulative distribution
-with one uniform number.
+with one uniform number. Where steps revise, each draws everything anew that the next one, or the picture, shows.
 """
 
 from collections.abc import Callable, Sequence
@@ -166,6 +166,8 @@ class _Unmasking:
         self.steps, self.forwards = torch.zeros_like(self.known), torch.zeros_like(self.known)
         self.alive = torch.arange(count, device=device)
         self.counts = fixed_counts(spec.num_tokens, sampler, keys)
+        self.drafts: list[Tensor] = []  # (B, N) each, and their log-probabilities
+        self.draft_log_probs: list[Tensor] = []
         self.plan = planned_counts(spec.num_tokens, sampler).tolist()  # the same numbers where nothing varies
         confident, paced = sampler.order == "confidence", sampler.schedule in HEADED
         each = (count, sampler.steps, spec.num_tokens)
@@ -218,10 +220,18 @@ class _Unmasking:
     def _fix(self, positions: Tensor, drawn: Tensor, log_prob: Tensor, keep: Tensor | None, step: int) -> None:
         """Fix the tokens at positions (A, M) of the rows alive, or where `keep` (A, M) holds."""
         self.tokens = self._write(self.tokens, positions, drawn, keep)
-        self.reveal_step = self._write(self.reveal_step, positions, torch.full_like(positions, step), keep)
+        first = torch.full_like(positions, step)
+        if self.sampler.revise:
+            known = self.reveal_step[self.alive].gather(1, positions)
+            first = torch.where(known < 0, first, known)
+        self.reveal_step = self._write(self.reveal_step, positions, first, keep)
         self.log_prob = self._write(self.log_prob, positions, log_prob, keep)
-        self.known[self.alive] += positions.shape[1] if keep is None else keep.sum(1)
+        fixed = positions.shape[1] if keep is None else keep.sum(1)
+        self.known[self.alive] = fixed if self.sampler.revise else self.known[self.alive] + fixed
         self.steps[self.alive] += 1
+        if self.sampler.revise:
+            self.drafts.append(self.tokens)
+            self.draft_log_probs.append(self._write(torch.zeros_like(self.log_prob), positions, log_prob, keep))
         if self.sampler.schedule in VARYING:
             alive = self.alive[self.known[self.alive] < self.tokens.shape[1]]
             if len(alive) < len(self.alive):
@@ -231,8 +241,8 @@ class _Unmasking:
         """Reveal the next positions of each row's order, as many as the schedule or the policy says."""
         if self.sampler.schedule in VARYING:
             return self._varying_step(step)
-        first = sum(self.plan[:step])
-        positions = self.order[:, first : first + self.plan[step]]
+        last = sum(self.plan[: step + 1])
+        positions = self.order[:, 0 if self.sampler.revise else last - self.plan[step] : last]
         drawn, log_prob = self._draw(self._log_probs(positions, step), positions, step)
         return self._fix(positions, drawn, log_prob, None, step)
 
@@ -243,8 +253,9 @@ class _Unmasking:
         remaining = num_tokens - known
         looks_ahead = self.sampler.schedule in (*HEADED, "threshold")
         width = int((remaining if looks_ahead else counts).max())
-        offsets = torch.arange(width, device=known.device)
-        index = (known[:, None] + offsets) % num_tokens  # past the end they meet known ones, which stay
+        # What is left comes first; past the end there are known ones, which stay, or are revised.
+        offsets = torch.arange(num_tokens if self.sampler.revise else width, device=known.device)
+        index = (known[:, None] + offsets) % num_tokens
         positions = self.order[self.alive].gather(1, index)  # (A, width)
         log_probs = self._log_probs(positions, step)
         last = step == self.sampler.steps - 1
@@ -259,7 +270,10 @@ class _Unmasking:
         if looks_ahead:
             counts = remaining if last else counts.minimum(remaining)
         drawn, log_prob = self._draw(log_probs, positions, step)
-        self._fix(positions, drawn, log_prob, offsets < counts[:, None], step)
+        fixed = offsets < counts[:, None]
+        if self.sampler.revise:
+            fixed |= offsets >= remaining[:, None]
+        self._fix(positions, drawn, log_prob, fixed, step)
 
     def _act(self, log_probs: Tensor, remaining: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """What the pace head chooses for the rows alive: `PaceHead.decode`, each (A,); records the action."""
@@ -304,6 +318,10 @@ class _Unmasking:
             self.choice_log_prob[:, step] = plackett_luce(log_prob / level, best)
         self._fix(chosen, drawn.gather(1, best), log_prob.gather(1, best), None, step)
 
+    def _each_step(self, kept: list[Tensor], rest: Tensor) -> Tensor | None:
+        """What was kept of each step, (B, T, N), with `rest` (B, N) for steps that nobody took; None without any."""
+        return torch.stack(kept + [rest] * (self.sampler.steps - len(kept)), 1) if kept else None
+
     def record(self) -> Trajectory:
         """The finished trajectory."""
         return Trajectory(
@@ -316,6 +334,8 @@ class _Unmasking:
             sampler=self.sampler,
             start=self.start if self.sampler.start_noise else None,
             order=self.order,
+            drafts=self._each_step(self.drafts, self.tokens),
+            draft_log_prob=self._each_step(self.draft_log_probs, torch.zeros_like(self.log_prob)),
             proposals=self.proposals,
             proposal_log_prob=self.proposal_log_prob,
             choice_log_prob=self.choice_log_prob,

@@ -14,15 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from speedrl_lab import noise
 from speedrl_lab.config import DistillConfig, SamplerConfig
+from speedrl_lab.draws import fixed_orders, inverse_cdf
 from speedrl_lab.generator import Cond, MaskedGenerator, StepInfo, guided_logits
-from speedrl_lab.sampler import fixed_orders, inverse_cdf, sample
-from speedrl_lab.student import chosen_prompts, iteration_keys, mixed_kl, optimizer_step
-
-POOL_BATCH = 128
+from speedrl_lab.student import chosen_prompts, draw_pool, iteration_keys, mixed_kl, optimizer_step, pool_prompts
 
 
 class MultiStepMatching:
@@ -47,13 +44,17 @@ class MultiStepMatching:
         config = self.config
         forwards = 0
         if self.pool is None:
-            self.pool, forwards = self._draw_pool()
+            guided = replace(
+                self.sampler, steps=config.teacher_steps, schedule="cosine", guidance_scale=config.teacher_guidance,
+                temperature=1.0, first_temperature=1.0, start_noise=0.0, revise=False,
+            )  # fmt: skip
+            self.pool, forwards = draw_pool(self.teacher, self.prompts, guided, config.pool_size, self.seed)
         due = iteration * config.rounds // config.distill_iterations
         if due > self.round:
             self.teacher, self.round = self.student.copy(), due
         pool_rows = chosen_prompts(range(len(self.pool)), self.seed, iteration, config.distill_batch_size)
         tokens = self.pool[torch.tensor(pool_rows, device=self.pool.device)]
-        cond = self.student.encode([self._pool_prompt(row) for row in pool_rows])
+        cond = self.student.encode(pool_prompts(self.prompts, self.seed, config.pool_size, pool_rows))
         keys = iteration_keys(self.seed, iteration, len(tokens), tokens.device)
         state, target, rows, cost = self._targets(tokens, cond, keys)
         logits = self.student.logits(state, cond, StepInfo(0, 1), rows)  # (R, V)
@@ -68,26 +69,6 @@ class MultiStepMatching:
             "forwards": forwards + cost + count,
             "backwards": count,
         }
-
-    def _pool_prompt(self, row: int) -> str:
-        return self.prompts[chosen_prompts(self.prompts, self.seed, -1, self.config.pool_size)[row]]
-
-    def _draw_pool(self) -> tuple[Tensor, int]:
-        """Samples of the teacher, int64 (P, N), and the forward passes they cost."""
-        config = self.config
-        guided = replace(
-            self.sampler, steps=config.teacher_steps, schedule="cosine", guidance_scale=config.teacher_guidance,
-            temperature=1.0, first_temperature=1.0, start_noise=0.0,
-        )  # fmt: skip
-        chosen = [self.prompts[row] for row in chosen_prompts(self.prompts, self.seed, -1, config.pool_size)]
-        parts, forwards = [], 0
-        for start in tqdm(range(0, len(chosen), POOL_BATCH), desc="teacher samples", unit="batch"):
-            # Another seed a batch: the sampler numbers the samples of a prompt inside its batch.
-            seed = int(noise.fold(torch.tensor([self.seed]), start))
-            drawn = sample(self.teacher, chosen[start : start + POOL_BATCH], guided, seed=seed)
-            parts.append(drawn.tokens)
-            forwards += int(drawn.forwards.sum())
-        return torch.cat(parts), forwards
 
     @torch.no_grad()
     def _targets(self, tokens: Tensor, cond: Cond, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:

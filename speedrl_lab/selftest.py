@@ -31,7 +31,9 @@ def selftest(
         trial.pace = head_for(config.sampler.schedule, config.seed).to(generator.device)
     small = replace(config, num_groups=min(4, config.num_groups), warmup_iterations=0)
     learner = Learner(trial, small)  # before the rollouts: it may round the weights
-    rounded = config.policy_dtype == "bfloat16"
+    # Where products are bfloat16, graphs with and without gradient round apart.
+    halved = getattr(trial.policy, "compiled", False) and torch.get_float32_matmul_precision() == "medium"
+    rounded = config.policy_dtype == "bfloat16" or halved
     first = rollout(trial, prompts, rewards, small, iteration=0)
     # One prompt twice: other prompts would hide equal noise.
     once, again = (rollout(trial, prompts[:1], rewards, small, iteration) for iteration in (0, 1))
@@ -93,6 +95,8 @@ def stored_log_prob(trajectory: Trajectory, order_factor: str = "exact") -> Tens
     """Log-probability of each trajectory as it was recorded while drawing, (B,)."""
     if trajectory.proposals is not None and order_factor == "exact":
         total = trajectory.proposal_log_prob.sum((1, 2)) + trajectory.choice_log_prob.sum(1)
+    elif trajectory.drafts is not None:
+        total = trajectory.draft_log_prob.sum((1, 2))
     else:
         total = trajectory.log_prob.sum(1)
     return total if trajectory.pace is None else total + trajectory.pace_log_prob.sum(1)

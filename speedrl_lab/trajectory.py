@@ -13,19 +13,19 @@ class Trajectory:
     """What a sampler did to B samples of N tokens; enough to rebuild every state.
 
     A fixed token never changes, so the state before step i is `tokens` where `reveal_step < i` and the
-    mask elsewhere; the first state may be `start` instead.
+    mask elsewhere; the first state may be `start` instead. Where steps revise, `drafts` holds the states.
     """
 
     tokens: Tensor
     """Final codes, int64 (B, N)."""
     reveal_step: Tensor
-    """Step at which each position was fixed, int16 (B, N), from 0."""
+    """Step at which each position was fixed, or first drawn where steps revise, int16 (B, N), from 0."""
     steps: Tensor
     """Rounds of unmasking of each sample, int64 (B,)."""
     forwards: Tensor
     """Forward passes of each sample, int64 (B,); a guided step costs two."""
     log_prob: Tensor
-    """Log-probability of each token when it was drawn, float32 (B, N)."""
+    """Log-probability of each final token when it was drawn, float32 (B, N)."""
     mask_id: int
     """Input id of the mask."""
     sampler: SamplerConfig | None = None
@@ -34,6 +34,10 @@ class Trajectory:
     """What the first step saw, int64 (B, N), where it was not masks alone (`start_noise`)."""
     order: Tensor | None = None
     """Positions in the order of revealing, int64 (B, N): fixed beforehand, or made by the confidence draw."""
+    drafts: Tensor | None = None
+    """Where steps revise: the tokens after each step, int64 (B, T, N) with masks; a finished sample's stay."""
+    draft_log_prob: Tensor | None = None
+    """Where steps revise: log-probability of each token drawn at each step, float32 (B, T, N), 0 where none was."""
     proposals: Tensor | None = None
     """Confidence order: token proposed for each masked position at each step, int64 (B, T, N), else -1."""
     proposal_log_prob: Tensor | None = None
@@ -54,11 +58,20 @@ class Trajectory:
         """The tokens that step `step` sees, int64 (B, N)."""
         if step == 0 and self.start is not None:
             return self.start
+        if self.drafts is not None and step > 0:
+            return self.drafts[:, step - 1]
         return torch.where(self.reveal_step < step, self.tokens, self.mask_id)
 
     def revealed(self, step: int) -> Tensor:
         """Which positions step `step` fixed, bool (B, N)."""
         return self.reveal_step == step
+
+    def drawn(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What step `step` drew: where, bool (B, N), codes (B, N) and their log-probabilities when drawn (B, N)."""
+        if self.drafts is None:
+            return self.revealed(step), self.tokens, self.log_prob
+        after = self.drafts[:, step]
+        return (after != self.mask_id) & (self.steps > step)[:, None], after, self.draft_log_prob[:, step]
 
     def select(self, rows: Tensor) -> "Trajectory":
         """The samples at `rows`, an index or bool tensor."""

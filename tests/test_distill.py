@@ -12,11 +12,13 @@ from torch.nn import functional
 from speedrl_lab import noise
 from speedrl_lab.config import DistillConfig, RunConfig, SamplerConfig
 from speedrl_lab.distill import distill
+from speedrl_lab.draws import fixed_orders, inverse_cdf
 from speedrl_lab.enumeration import enumerate_trajectories
 from speedrl_lab.generator import StepInfo, guided_logits
 from speedrl_lab.generators.tiny import make_tiny
+from speedrl_lab.revising import Revising
 from speedrl_lab.runs import Run
-from speedrl_lab.sampler import fixed_orders, inverse_cdf
+from speedrl_lab.sampler import sample
 from speedrl_lab.sdtt import MultiStepMatching
 from speedrl_lab.student import iteration_keys, mixed_kl
 
@@ -30,7 +32,11 @@ DIMO = DistillConfig(
     method="dimo", distill_iterations=6, distill_batch_size=6, distill_learning_rate=0.01,
     auxiliary_learning_rate=0.02, student_steps=(1, 2), reverse_share=0.3,
 )  # fmt: skip
-BOTH = pytest.mark.parametrize("config", [SDTT, DIMO], ids=["sdtt", "dimo"])
+REVISE = DistillConfig(
+    method="revise", distill_iterations=6, distill_batch_size=6, distill_learning_rate=0.01, teacher_steps=4,
+    teacher_guidance=1.0, teacher_temperature=0.7, pool_size=5, rounds=1,
+)  # fmt: skip
+EVERY = pytest.mark.parametrize("config", [SDTT, DIMO, REVISE], ids=["sdtt", "dimo", "revise"])
 
 
 def run_all(config: DistillConfig, folder=None, stop_after: int | None = None, sampler: SamplerConfig = DRAWN):
@@ -44,7 +50,7 @@ def run_all(config: DistillConfig, folder=None, stop_after: int | None = None, s
     return generator, records
 
 
-@BOTH
+@EVERY
 def test_records_have_what_a_comparison_needs(config, tmp_path):
     generator, records = run_all(config, tmp_path / "run")
     assert [record["iteration"] for record in records] == list(range(1, 7))
@@ -57,7 +63,7 @@ def test_records_have_what_a_comparison_needs(config, tmp_path):
     assert not torch.equal(weights_of(generator), weights_of(make_toy()))
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
 def test_a_stopped_run_goes_on_bit_for_bit(config, stop_after, tmp_path, monkeypatch):
     monkeypatch.setattr(import_module("speedrl_lab.distill"), "SAVE_EVERY", 2)
@@ -73,6 +79,59 @@ def test_passes_of_multi_step_matching_are_those_that_were_made(monkeypatch):
     assert sum(record["forwards"] for record in records) == made[0]
     assert records[-1]["round"] == 2 and records[0]["round"] == 1
     assert records[-1]["forwards"] < records[1]["forwards"]  # the second teacher needs no guidance
+
+
+def test_passes_of_learning_to_revise_are_those_that_were_made(monkeypatch):
+    made = count_rows(monkeypatch)
+    _, records = run_all(REVISE)
+    assert sum(record["forwards"] for record in records) == made[0]
+
+
+def test_drafts_hold_the_first_tokens_intact_then_guesses_then_masks():
+    """The batched drafts against one sample at a time."""
+    student = make_toy()
+    method = Revising(student, PROMPTS, REVISE, DRAWN, seed=0)
+    tokens, prompts = torch.randint(3, (60, 4), generator=torch.Generator().manual_seed(1)), PROMPTS * 20
+    keys = iteration_keys(0, 7, 60, tokens.device)
+    cond = student.encode(prompts)
+    drafts = method._state(tokens, cond, keys)
+    orders, numbers = fixed_orders(student, DRAWN, keys), noise.uniforms(keys, noise.BUDGET, 0, 4)
+    wrong = 0
+    for row in range(60):
+        jitter, stage, share, intact = numbers[row].tolist()
+        shown = round(4 * min(1.0, (row + jitter) / 60 / 0.9) ** DRAWN.power)
+        right = max(1, int(shown * stage))
+        order = orders[row].tolist()
+        start = torch.full((1, 4), 4)
+        start[0, order[:right]] = tokens[row, order[:right]]
+        log_probs = student.logits(start, student.encode([prompts[row]]), StepInfo(0, 1))[0].log_softmax(-1)
+        expected = torch.full((4,), 4)
+        for place, position in enumerate(order[:shown]):
+            coin = float(noise.uniforms(keys[row : row + 1], noise.MASK, 0, 4)[0, position])
+            expected[position] = tokens[row, position]
+            if place >= right and coin < share / 2 and intact > 0.25:
+                uniform = noise.uniforms(keys[row : row + 1], noise.TOKEN, 0, 4)[0, position]
+                expected[position] = inverse_cdf(log_probs[position][None], uniform[None])[0]
+        assert torch.equal(drafts[row], expected)
+        wrong += int(((drafts[row] != 4) & (drafts[row] != tokens[row])).sum())
+    assert wrong > 0
+
+
+def test_learning_to_revise_mends_what_contradicts_itself():
+    """Two tokens that agree in every sample: drawn side by side they often do not, drawn anew they do."""
+    generator = make_tiny((1, 2))
+    pictures = torch.tensor([[0, 0], [1, 1], [2, 2]])
+    config = replace(REVISE, distill_batch_size=64, pool_size=60)
+    method = Revising(generator, PROMPTS, config, DRAWN, seed=0)
+    method.pool = pictures.repeat(20, 1)
+    for iteration in range(400):
+        method.update(iteration, 1 - iteration / 400)
+    wrong = {}
+    for steps, revise in ((1, False), (4, True)):
+        sampler = SamplerConfig(steps=min(steps, 2), schedule="linear", revise=revise)
+        tokens = sample(generator, PROMPTS[:1] * 300, sampler).tokens
+        wrong[revise] = float((tokens[:, 0] != tokens[:, 1]).float().mean())
+    assert wrong[False] > 0.5 and wrong[True] < 0.1
 
 
 def test_passes_of_token_matching_are_those_that_were_made(monkeypatch):

@@ -362,3 +362,8 @@ def test_random_mask_is_unbiased_for_the_mean_over_all_orders(line):
     error = float(sum(group.var() / len(group) for group in groups)) ** 0.5 / 3
     assert error < 0.05
     assert float(sum(group.mean() for group in groups)) / 3 == pytest.approx(mean, abs=4 * error)
+
+
+def test_revised_trajectories_are_refused(line):
+    with pytest.raises(ValueError, match="revise=True is not enumerated"):
+        enumerate_trajectories(line, PROMPT, SamplerConfig(steps=2, revise=True))

@@ -24,18 +24,21 @@ SAMPLERS = [
     SamplerConfig(steps=3, temperature=0.7, first_temperature=2.0),
     SamplerConfig(steps=6, schedule="paced"),
     SamplerConfig(steps=6, schedule="paced", order="random", guidance_scale=1.5, temperature=1.3),
+    SamplerConfig(steps=3, schedule="power", power=1.5, revise=True, guidance_scale=1.5),
+    SamplerConfig(steps=6, schedule="paced", revise=True, first_temperature=1.5),
 ]
 GRIDS = torch.cartesian_prod(*[torch.arange(3)] * 4)  # every outcome of the toy, (81, 4)
 ORDER = torch.tensor([2, 0, 3, 1])
 
 
 def label(sampler: SamplerConfig) -> str:
-    settings = ("order", "schedule", "guidance_scale", "temperature", "first_temperature")
+    settings = ("order", "schedule", "guidance_scale", "temperature", "first_temperature", "revise")
     return "-".join(str(getattr(sampler, name)) for name in settings)
 
 
 def stored(trajectory: Trajectory) -> Tensor:
-    total = trajectory.log_prob.sum(1)
+    drawn = trajectory.log_prob if trajectory.drafts is None else trajectory.draft_log_prob.flatten(1)
+    total = drawn.sum(1)
     return total if trajectory.pace is None else total + trajectory.pace_log_prob.sum(1)
 
 
@@ -348,3 +351,59 @@ def test_prompts_and_samples_must_match(emoji):
     trajectory = sample(emoji, PROMPTS, SAMPLERS[0])
     with pytest.raises(ValueError, match="2 prompts for 5 samples"):
         trajectory_log_prob(emoji, PROMPTS[:2], trajectory, SAMPLERS[0])
+
+
+REVISED = SamplerConfig(steps=2, schedule="linear", revise=True, temperature=0.8)
+
+
+def revised_outcomes() -> Trajectory:
+    """Every pair of a first draft, of two tokens of four, and a picture: 9 x 81 trajectories of the toy."""
+    first = torch.cartesian_prod(torch.arange(3), torch.arange(3)).repeat_interleave(81, 0)  # (729, 2)
+    draft = torch.full((729, 4), 4)
+    draft[:, ORDER[:2]] = first
+    final = GRIDS.repeat(9, 1)
+    reveal_step = torch.ones(4, dtype=torch.int16)
+    reveal_step[ORDER[:2]] = 0
+    return Trajectory(
+        tokens=final, reveal_step=reveal_step.repeat(729, 1), steps=torch.full((729,), 2),
+        forwards=torch.full((729,), 2), log_prob=torch.zeros(729, 4), mask_id=4, sampler=REVISED,
+        order=ORDER.repeat(729, 1), drafts=torch.stack([draft, final], 1), draft_log_prob=torch.zeros(729, 2, 4),
+    )  # fmt: skip
+
+
+def revised_probability(generator, draft: Tensor, final: Tensor) -> Tensor:
+    """The probability of one draft and picture, token by token."""
+    cond, total = generator.encode(["a dog"]), torch.ones(())
+    for step, (shown, drawn) in enumerate([(torch.full((4,), 4), draft), (draft, final)]):
+        chances = (generator.logits(shown[None], cond, StepInfo(step, 2))[0] / REVISED.temperature).softmax(-1)
+        for position in (drawn != 4).nonzero().flatten().tolist():
+            total = total * chances[position, drawn[position]]
+    return total
+
+
+def test_revised_drafts_are_part_of_the_probability(toy):
+    generator, trajectory = toy(), revised_outcomes()
+    with torch.no_grad():
+        replayed = trajectory_log_prob(generator, ["a dog"] * 729, trajectory, REVISED).exp()
+        exact = torch.stack([revised_probability(generator, *pair) for pair in trajectory.drafts])
+    assert torch.allclose(replayed, exact, atol=1e-6)
+    assert float(replayed.sum()) == pytest.approx(1, abs=1e-4)
+
+
+def test_gradient_of_revised_samples_is_that_of_the_expected_reward(toy):
+    """Score function over all drafts and pictures against autograd of the exact expectation."""
+    generator, trajectory = toy(), revised_outcomes()
+    reward = torch.randn(81, generator=torch.Generator().manual_seed(0)).repeat(9)
+    weights = list(generator.policy.parameters())
+    log_prob = trajectory_log_prob(generator, ["a dog"] * 729, trajectory, REVISED)
+    scored = torch.autograd.grad((log_prob.exp().detach() * reward * log_prob).sum(), weights)
+    exact = torch.stack([revised_probability(generator, *pair) for pair in trajectory.drafts])
+    wanted = torch.autograd.grad((exact * reward).sum(), weights)
+    for left, right in zip(scored, wanted, strict=True):
+        assert torch.allclose(left, right, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "replay"])
+def test_only_replay_knows_of_revised_drafts(toy, estimator):
+    with pytest.raises(ValueError, match="take 'replay'"):
+        trajectory_log_prob(toy(), ["a dog"] * 729, revised_outcomes(), REVISED, estimator)

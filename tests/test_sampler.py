@@ -26,11 +26,15 @@ ALL = [
     SamplerConfig(steps=3, guidance_scale=2.5),
     SamplerConfig(steps=6, schedule="random_budget"),
     SamplerConfig(steps=6, schedule="threshold", stop_confidence=0.37),
+    SamplerConfig(steps=5, schedule="power", power=2.0, revise=True),
+    replace(PACED, revise=True),
+    SamplerConfig(steps=6, schedule="random_budget", revise=True),
 ]
+REVISING = [sampler for sampler in ALL if sampler.revise]
 
 
 def label(sampler: SamplerConfig) -> str:
-    return f"{sampler.order}-{sampler.schedule}-{sampler.guidance_scale}"
+    return f"{sampler.order}-{sampler.schedule}-{sampler.guidance_scale}{'-revise' * sampler.revise}"
 
 
 @pytest.mark.parametrize("sampler", ALL, ids=label)
@@ -157,6 +161,43 @@ def test_positions_are_revealed_along_the_order(emoji, sampler):
     steps = trajectory.reveal_step.long().gather(1, trajectory.order)
     assert (steps.diff(dim=1) >= 0).all()
     assert len(trajectory.order.unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize("sampler", REVISING, ids=label)
+def test_revising_steps_draw_anew_all_that_the_next_one_shows(emoji, sampler):
+    trajectory = sample(emoji, PROMPTS, sampler)
+    assert trajectory.drafts.shape == trajectory.draft_log_prob.shape == (6, sampler.steps, 64)
+    assert torch.equal(trajectory.drafts[:, -1], trajectory.tokens)
+    changed = 0
+    for step in range(sampler.steps):
+        after, alive = trajectory.drafts[:, step], trajectory.steps > step
+        assert torch.equal(after != 1000, trajectory.reveal_step <= step)  # what was shown stays shown
+        drawn, codes, log_prob = trajectory.drawn(step)
+        assert torch.equal(drawn, (after != 1000) & alive[:, None]) and torch.equal(codes, after)
+        assert torch.equal(log_prob < 0, drawn)
+        known = trajectory.state(step) != 1000
+        changed += int((known & (trajectory.state(step) != after)).sum())
+        assert torch.equal(trajectory.state(step)[~alive], after[~alive])  # a finished sample stays as it is
+    assert changed > 0
+    last = trajectory.steps - 1
+    assert torch.equal(trajectory.log_prob, trajectory.draft_log_prob[torch.arange(6), last])
+
+
+def test_revised_tokens_follow_the_model_exactly(toy):
+    """Frequencies of pictures against the sum over all first drafts."""
+    generator, count = toy(), 4000
+    sampler = SamplerConfig(steps=2, schedule="linear", revise=True)
+    trajectory = sample(generator, ["a dog"] * count, sampler, seed=1)
+    with torch.no_grad():
+        cond = generator.encode(["a dog"] * count)
+        first = generator.logits(torch.full((count, 4), 4), cond, StepInfo(0, 2)).softmax(-1)
+        second = generator.logits(trajectory.drafts[:, 0], cond, StepInfo(1, 2)).softmax(-1)
+    for step, chances in enumerate([first, second]):
+        drawn, codes, _ = trajectory.drawn(step)
+        seen = torch.nn.functional.one_hot(codes.clamp(max=2), 3) * drawn[..., None]  # (B, 4, 3)
+        wanted = chances * drawn[..., None]
+        spread = (wanted * (1 - chances)).sum(0).sqrt().clamp(min=1)
+        assert float(((seen.sum(0) - wanted.sum(0)) / spread).abs().max()) < 4
 
 
 def test_random_budgets_are_uniform_and_follow_the_power_schedule(emoji):

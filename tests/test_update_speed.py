@@ -35,6 +35,7 @@ ESTIMATED = {
     "confidence": {"sampler": SamplerConfig(steps=3, order="confidence")},
     "tokens of confidence": {"sampler": SamplerConfig(steps=3, order="confidence"), "order_factor": "token_only"},
     "adaptive": {"sampler": SamplerConfig(steps=3, schedule="adaptive")},
+    "revised": {"sampler": SamplerConfig(steps=3, schedule="linear", revise=True)},
     **{name: {"estimator": name} for name in ("replay", "critical", "random_mask", "coupled", "one_step")},
 }
 
