@@ -1,6 +1,7 @@
 """The gradient of one Speed-RL update, ours beside the replay that one would write first.
 
     OMP_NUM_THREADS=1 python benchmarks/rl_update.py                 # the embedded generator, every case
+    OMP_NUM_THREADS=1 python benchmarks/rl_update.py --compiled      # ours by torch.compile, the plain one as before
     python benchmarks/rl_update.py --generator amused-256 --case power-2-lora --groups 1 --group-size 2 --repeats 1
 
 The plain replay holds a second full copy of the network as its reference, and at every step scores every sample with
@@ -56,6 +57,8 @@ class Work:
     prompts: list[str]
     trajectory: Trajectory
     advantage: Tensor
+    compiled: bool = False
+    """Whether ours runs by torch.compile."""
 
     @property
     def policy(self) -> nn.Module:
@@ -64,6 +67,7 @@ class Work:
 
 def ours(work: Work) -> None:
     """Gradients of all inner epochs, as the learner makes them; the weights stay."""
+    work.policy.compiled = work.compiled
     kept = torch.ones_like(work.advantage, dtype=torch.bool)
     loss = RolloutLoss(
         work.learner.generator, work.learner.anchored, work.config, work.prompts, work.trajectory, 0,
@@ -78,6 +82,7 @@ def plain(work: Work, reference: MaskedGenerator) -> None:
     """The same gradients: every step, every sample, every position, the reference again in each epoch."""
     generator, config, trajectory = work.learner.generator, work.config, work.trajectory
     sampler, cond = config.sampler, generator.encode(work.prompts)
+    work.policy.compiled = False
     for _ in range(config.inner_epochs):
         work.policy.zero_grad()
         for step in range(int(trajectory.steps.max())):
@@ -103,6 +108,8 @@ def prepare(name: str, case: str, options: argparse.Namespace) -> tuple[Work, Ma
     if config.sampler.schedule == "paced" and generator.pace is None:
         generator.pace = head_for("paced", 0).to(generator.device)
     reference = generator.copy()
+    if options.compiled:
+        generator.compile()
     learner = Learner(generator, config)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():  # away from the reference, so that the KL has a gradient
@@ -113,7 +120,7 @@ def prepare(name: str, case: str, options: argparse.Namespace) -> tuple[Work, Ma
     chosen = [prompt for prompt in prompts[: options.groups] for _ in range(options.group_size)]
     trajectory = replace(sample(generator, chosen, config.sampler), pace=None)  # the head is the same work for both
     advantage = torch.randn(len(chosen), generator=rng).to(generator.device)
-    return Work(learner, config, chosen, trajectory, advantage), reference
+    return Work(learner, config, chosen, trajectory, advantage, options.compiled), reference
 
 
 def build(name: str, case: str, options: argparse.Namespace) -> tuple[MaskedGenerator, list[str]]:
@@ -219,9 +226,15 @@ def main() -> None:
     parser.add_argument("--kl-estimator", default="exact")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--matmul-precision", choices=("highest", "medium"), default="highest")
     options = parser.parse_args()
+    if options.compiled and options.generator in NAMES:
+        parser.error(f"--compiled: {options.generator} has no compiled form; expected emoji")
+    torch.set_float32_matmul_precision(options.matmul_precision)
     size = f"{options.groups} x {options.group_size} samples, micro-batches of {options.micro_batch_size}"
-    print(f"{resolve_device(options.device)}, {torch.get_num_threads()} threads, {size}, median of {options.repeats}\n")
+    facts = f"{options.matmul_precision} products, {size}, median of {options.repeats}"
+    print(f"{resolve_device(options.device)}, {torch.get_num_threads()} threads, {facts}\n")
     print("| case | steps | ours, images/s | plain, images/s | ratio | ours, MiB | plain, MiB | ratio | gradient |")
     print("|---|---|---|---|---|---|---|---|---|")
     for case in options.case:

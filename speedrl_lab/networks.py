@@ -6,11 +6,15 @@ B rows, N tokens, L words, V codes, D width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from speedrl_lab.compilation import as_written, compiled
 
 CHUNK = 8
 """Samples that a CPU takes through the transformer at once without gradient: what lies between then fits its cache."""
@@ -124,7 +128,7 @@ def _rotary_angles(grid: tuple[int, int], words: int, head_width: int) -> Tensor
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention with q/k norm and 2-D rotary positions, then a GELU MLP."""
+    """Pre-norm attention with q/k norm and 2-D rotary positions, `attend`, then a GELU MLP, in `finish`."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -137,9 +141,6 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.RMSNorm(width)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self.finish(x, self.attend(x, cos, sin))
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """What each position gathers from all of x (B, L+N, D): (B, L+N, D)."""
@@ -154,6 +155,14 @@ class TransformerBlock(nn.Module):
         """The rest of the block, where every position stands alone, of x and what it gathered, both (..., D)."""
         x = x + self.out(mixed)
         return x + self.down(_gelu(self.up(self.norm2(x))))
+
+
+def _onward(
+    block: TransformerBlock, following: TransformerBlock, x: Tensor, mixed: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rest of a block and the attention of the next: states and what they gather, both (B, L+N, D)."""
+    x = block.finish(x, mixed)
+    return x, following.attend(x, cos, sin)
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -179,6 +188,9 @@ class MaskedTransformer(nn.Module):
     Codes are embedded and predicted through their FSQ digits plus a table of their own, so that
     similar codes share what they learn. Word id 0 everywhere is the null caption.
     """
+
+    compiled = False
+    """Whether the blocks run as torch.compile makes them; a copy of the network does as the network does."""
 
     def __init__(
         self,
@@ -223,41 +235,60 @@ class MaskedTransformer(nn.Module):
             if name.endswith(("out.weight", "down.weight", "head.weight")):
                 nn.init.zeros_(parameter)
 
-    def hidden(self, tokens: Tensor, words: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Final states (B, N, D) of tokens (B, N) in 0..V (V is the mask) and words (B, L).
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """What each code is embedded as, (V+1, D), and what predicts it, (V, D); the same for all tokens."""
+        embedded, predicted = (
+            functional.embedding_bag(self._digit_rows, weight, mode="sum")  # (V, D)
+            for weight in (self.digit_embedding.weight, self.digit_head.weight)
+        )
+        return self.code_embedding.weight + functional.pad(embedded, (0, 0, 0, 1)), self.code_head.weight + predicted
+
+    def hidden(self, tokens: Tensor, words: Tensor, table: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Final states (B, N, D) of tokens (B, N) in 0..V (V is the mask) and words (B, L), embedded by `table`.
 
         (len(rows), D) at flat indices `rows` into B*N: the last block then ends at these alone.
         """
-        blocked = tokens.device.type == "cpu" and not torch.is_grad_enabled()
-        size = CHUNK if blocked else max(1, len(tokens))
-        parts = [self._gathered(*part) for part in zip(tokens.split(size), words.split(size), strict=True)]
+        graded, device = torch.is_grad_enabled(), tokens.device.type
+        size = CHUNK if device == "cpu" and not graded else max(1, len(tokens))
+        run = compiled if self.compiled and device != "meta" else as_written
+        if graded:  # block by block: the backward pass of all at once takes minutes to compile
+            gather, inner = self._gathered, run
+        else:  # all blocks in one call: those of single blocks are a sixth of the time that one row takes
+            gather, inner = partial(run(MaskedTransformer._gathered), self), as_written
+        parts = [gather(*pair, table, inner) for pair in zip(tokens.split(size), words.split(size), strict=True)]
         x, mixed = (torch.cat(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True))
-        if rows is not None:
-            x, mixed = x.flatten(0, 1)[rows], mixed.flatten(0, 1)[rows]  # (R, D)
-        size *= 1 if rows is None else tokens.shape[1]
-        ends = [self.blocks[-1].finish(*part) for part in zip(x.split(size), mixed.split(size), strict=True)]
-        return self.norm(torch.cat(ends) if len(ends) > 1 else ends[0])
+        x, mixed = x.flatten(0, 1), mixed.flatten(0, 1)  # (B*N, D)
+        wanted = torch.arange(len(x), device=x.device) if rows is None else rows
+        finish, last = run(TransformerBlock.finish), self.blocks[-1]
+        # Copies of rows, not views: every kind of view would be compiled for itself.
+        ends = [finish(last, x[part], mixed[part]) for part in wanted.split(size * tokens.shape[1])]
+        states = self.norm(torch.cat(ends) if len(ends) > 1 else ends[0])
+        return states.unflatten(0, tokens.shape) if rows is None else states
 
-    def _gathered(self, tokens: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """States of the image before the last block's attention and what that gathers, both (B, N, D)."""
-        digits = functional.embedding_bag(self._digit_rows, self.digit_embedding.weight, mode="sum")  # (V, D)
-        table = self.code_embedding.weight + functional.pad(digits, (0, 0, 0, 1))  # (V+1, D)
+    def _gathered(self, tokens: Tensor, words: Tensor, table: Tensor, run: Callable) -> tuple[Tensor, Tensor]:
+        """States of the image before the last block's attention and what that gathers, both (B, N, D).
+
+        `run` makes of a function the one that is called.
+        """
         image = functional.embedding(tokens, table) + self.image_position
         text = self.word_embedding(words) + self.word_position
         x = torch.cat([text, image], 1)  # (B, L+N, D)
-        for block in self.blocks[:-1]:
-            x = block(x, self._cos, self._sin)
-        mixed = self.blocks[-1].attend(x, self._cos, self._sin)
+        turn = (self._cos, self._sin)
+        mixed = run(TransformerBlock.attend)(self.blocks[0], x, *turn)
+        for block, following in pairwise(self.blocks):
+            x, mixed = run(_onward)(block, following, x, mixed, *turn)
         return x[:, self.max_words :], mixed[:, self.max_words :]
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., D)."""
-        digits = functional.embedding_bag(self._digit_rows, self.digit_head.weight, mode="sum")  # (V, D)
-        return functional.linear(hidden, self.code_head.weight + digits, self.code_head.bias).float()
-
-    def forward(self, tokens: Tensor, words: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Logits (B, N, V), or (len(rows), V) at flat indices `rows` into B*N."""
-        return self.head(self.hidden(tokens, words, rows))
+    def forward(
+        self,
+        tokens: Tensor,
+        words: Tensor,
+        rows: Tensor | None = None,
+        tables: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Logits (B, N, V), or (len(rows), V) at flat indices `rows` into B*N; `tables` where they are made already."""
+        table, weight = tables or self.tables()
+        return functional.linear(self.hidden(tokens, words, table, rows), weight, self.code_head.bias).float()
 
 
 class ConvTower(nn.Module):

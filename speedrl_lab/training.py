@@ -61,7 +61,7 @@ def run(knobs: Mapping[str, Any]) -> Path | None:
         torch.set_float32_matmul_precision(config.matmul_precision)
         generator = load_generator(
             config.generator, config.device, own["policy"] or None, config.negative_prompt, config.time_conditioning,
-            config.text_encoder,
+            config.text_encoder, config.compiled,
         )  # fmt: skip
         prompts, _ = prompts_for(generator, config.prompt_file)
         rewards = build_rewards(_names(config, generator, own["watched"]), generator.device)

@@ -25,6 +25,7 @@ PLAIN = [
     SamplerConfig(steps=3, order="random", schedule="linear", guidance_scale=2.5),
     SamplerConfig(steps=2, order="confidence", guidance_scale=3.0, choice_temperature=0.0),
     SamplerConfig(steps=2, start_noise=0.5, guidance_scale=2.0),
+    SamplerConfig(steps=3, schedule="linear", revise=True, guidance_scale=2.0, temperature=0.9),
 ]
 VARYING = [
     SamplerConfig(steps=4, schedule="paced", guidance_scale=2.0),
@@ -83,7 +84,7 @@ def written_plainly(generator, prompts: list[str], sampler: SamplerConfig, seed:
             scores = chosen + level * gumbel(noise.uniforms(keys, noise.CHOICE, step, spec.num_tokens))
             places = scores.masked_fill(tokens != spec.mask_id, -torch.inf).topk(count, dim=1).indices
         else:
-            places = order[:, sum(counts[:step]) : sum(counts[: step + 1])]
+            places = order[:, 0 if sampler.revise else sum(counts[:step]) : sum(counts[: step + 1])]
         tokens = tokens.scatter(1, places, drawn.squeeze(-1).gather(1, places))
         log_prob = log_prob.scatter(1, places, chosen.gather(1, places))
     return tokens, log_prob
@@ -217,4 +218,4 @@ def test_gelu_without_gradient_is_the_librarys():
 
 def test_a_generator_need_not_prepare(emoji):
     emoji.pace = PaceHead().reset(0)
-    assert not hasattr(emoji, "prepare") and prepared(emoji, cond := emoji.encode(CAPTIONS)) is cond
+    assert prepared(Plain(emoji), cond := emoji.encode(CAPTIONS)) is cond

@@ -10,7 +10,12 @@ from speedrl_lab.generator import MaskedGenerator
 
 FAMILIES = {"emoji": "", "tiny": "", "amused": "<folder>", "meissonic": "<folder>", "maskgit": "<file>"}
 """What follows the colon in a generator's name; embedded ones take nothing."""
-SETTINGS = {"amused": ("negative_prompt",), "meissonic": ("negative_prompt", "time_conditioning", "text_encoder")}
+SETTINGS = {
+    "emoji": ("compiled",),
+    "tiny": ("compiled",),
+    "amused": ("negative_prompt",),
+    "meissonic": ("negative_prompt", "time_conditioning", "text_encoder"),
+}
 """Settings that mean something to a family; the others take none."""
 
 
@@ -34,6 +39,7 @@ def load_generator(
     negative_prompt: str = "",
     time_conditioning: str = "auto",
     text_encoder: Path | str = "",
+    compiled: bool = False,
 ) -> MaskedGenerator:
     """Load a pretrained generator by name; `policy` replaces its policy weights by those of a file.
 
@@ -43,9 +49,11 @@ def load_generator(
         negative_prompt: what guidance leads away from (amused, meissonic).
         time_conditioning: `step_index` or `mask_ratio` (meissonic); `auto` is the first.
         text_encoder: folder of another CLIP text model (meissonic); empty for the checkpoint's own.
+        compiled: run the network, and copies of it, by torch.compile (emoji, tiny): the same up to rounding, faster
+            after first calls of a minute or two; a CPU needs a C++ compiler.
 
     Raises ValueError for an unknown name or a setting that means nothing to the family, ImportError where a library
-    is missing, FileNotFoundError or ValueError for missing or broken weights.
+    is missing, FileNotFoundError or ValueError for missing or broken weights, OSError where nothing can be compiled.
     """
     family, _, place = name.partition(":")
     if family not in FAMILIES or (place and not FAMILIES[family]):
@@ -55,6 +63,7 @@ def load_generator(
         "negative_prompt": negative_prompt,
         "time_conditioning": "" if time_conditioning == "auto" else time_conditioning,
         "text_encoder": str(text_encoder),
+        "compiled": compiled,
     }
     for setting, value in given.items():
         if value and setting not in SETTINGS.get(family, ()):
@@ -66,11 +75,11 @@ def load_generator(
         case "emoji":
             from speedrl_lab.generators.emoji import load_emoji
 
-            return load_emoji(where, policy)
+            return _compiled(load_emoji(where, policy), compiled)
         case "tiny":
             from speedrl_lab.generators.tiny import load_tiny
 
-            return load_tiny(where, policy)
+            return _compiled(load_tiny(where, policy), compiled)
         case "amused":
             from speedrl_lab.generators.amused import load_amused
 
@@ -86,6 +95,12 @@ def load_generator(
             from speedrl_lab.generators.maskgit import load_maskgit
 
             return load_maskgit(place, where, policy)
+
+
+def _compiled(generator: MaskedGenerator, wanted: bool) -> MaskedGenerator:
+    if wanted:
+        generator.compile()
+    return generator
 
 
 def describe_generator(generator: MaskedGenerator) -> dict[str, Any]:

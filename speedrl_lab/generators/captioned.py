@@ -8,6 +8,7 @@ from torch import Tensor
 
 from speedrl_lab import scenes
 from speedrl_lab.adapters import merged
+from speedrl_lab.compilation import require_compiler
 from speedrl_lab.generator import Cond, GeneratorSpec, StepInfo
 from speedrl_lab.networks import MaskedTransformer
 from speedrl_lab.pace import PaceHead
@@ -45,7 +46,21 @@ class CaptionedGenerator:
 
     def logits(self, tokens: Tensor, cond: Cond, step: StepInfo, rows: Tensor | None = None) -> Tensor:
         """Time is not an input: the masks tell the network where it stands."""
-        return self.policy(tokens, cond.tensors["words"], rows)
+        tables = tuple(cond.tensors[name] for name in ("table", "head") if name in cond.tensors)
+        return self.policy(tokens, cond.take("words"), rows, tables or None)
+
+    def prepare(self, cond: Cond) -> Cond:
+        """Beside the words what codes are embedded as, `table` (V+1, D), and predicted by, `head` (V, D)."""
+        table, head = self.policy.tables()
+        return Cond({"words": cond.take("words"), "table": table, "head": head}).shared()
+
+    def compile(self) -> None:
+        """From now on run the blocks of the network, and of copies, as torch.compile makes them.
+
+        Raises OSError in one line where it cannot.
+        """
+        require_compiler(self.device)
+        self.policy.compiled = True
 
     def require_codes(self, tokens: Tensor) -> None:
         """Raise ValueError where a token is a mask or no code."""
