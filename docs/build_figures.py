@@ -4,6 +4,7 @@
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -32,11 +33,13 @@ def main(results: Path) -> None:
     tuned = lab.load_generator(device="cpu", policy=DATA / "weights" / "speed_rl.safetensors")
     searched = lab.load_base_samplers_by_passes()
     usual = lab.SamplerConfig(steps=16, order="confidence", guidance_scale=3.0)
-    own = lab.SamplerConfig(steps=8, schedule="paced", greedy_pace=True)
+    revised = lab.SamplerConfig(schedule="power", power=2.0, revise=True, temperature=0.8)
+    own = lab.SamplerConfig(steps=8, schedule="paced", revise=True, greedy_pace=True)
     rows = {
         "base\n2 passes": (base, searched[2]),
-        "Speed-RL\n2 passes": (tuned, lab.SamplerConfig(steps=2, schedule="power")),
+        "Speed-RL\n2 passes": (tuned, replace(revised, steps=2)),
         "base\n4 passes": (base, searched[4]),
+        "Speed-RL\n4 passes": (tuned, replace(revised, steps=4)),
         "Speed-RL\nown pace": (tuned, own),
         "base\n32 passes": (base, usual),
     }

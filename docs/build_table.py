@@ -14,7 +14,7 @@ COLUMNS = {
 }  # fmt: skip
 
 
-SHOWN = (1, 2, 4, 8)
+SHOWN = (1, 2, 3, 4, 5, 8)
 """Budgets that every model is shown at; the base at all that cost more, own paces always."""
 
 
