@@ -21,6 +21,7 @@ def main(left: str, right: str, share: str, out: str) -> None:
     if mixed.pace is not None and other.pace is not None:
         interpolate(mixed.pace, other.pace, float(share))
     mixed.pace = mixed.pace or other.pace  # where one alone has a head, that one
+    mixed.revises = mixed.revises or other.revises
     mixed.save_policy(out, origin=f"data/average_policies.py {Path(left).name} {Path(right).name} {share}")
 
 

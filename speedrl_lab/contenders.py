@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 from speedrl_lab import cache
 from speedrl_lab.config import SamplerConfig
 from speedrl_lab.evaluate import CODE, draw_pictures, score_samples
-from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.generator import MaskedGenerator, can_revise
 from speedrl_lab.generators import load_generator
 from speedrl_lab.rewards.embedded import load_detector
 from speedrl_lab.runs import outputs_root
 from speedrl_lab.sampler import sample
-from speedrl_lab.search import best_samplers, load_base_samplers_by_passes, prompt_scores, with_passes, worth
+from speedrl_lab.search import best_samplers, load_base_samplers_by_passes, prompt_scores, with_passes
 
 BASE, USUAL = "base", "base, usual"
 OWN_PACE = "{}, own pace"
@@ -153,7 +153,7 @@ def tuned_contenders(
     (kind,) = kinds
     if kind == "adaptive" and not own_steps:
         raise ValueError(f"policy {name!r} is sampled at its own pace only; expected at least one own_steps")
-    revises = can_revise(trainings[0], prompts)
+    revises = can_revise(trainings[0])
     fixed = {} if kind == "adaptive" else {passes: fixed_pool(passes, revises) for passes in budgets}
     own = {} if kind == "none" else {steps: own_pool(kind, steps, revises) for steps in own_steps}
     pools = {("passes", passes): pool for passes, pool in fixed.items()}
@@ -198,17 +198,6 @@ def head_kind(generator: MaskedGenerator) -> str:
     if generator.pace is None:
         return "none"
     return "adaptive" if generator.pace.adaptive else "paced"
-
-
-def can_revise(generator: MaskedGenerator, prompts: Sequence[str]) -> bool:
-    """Whether 4 steps that revise, on 8 prompts, are worth more than half of the same without.
-
-    A network that has never learned it makes a mess of its own drafts; its samplers need no search among these.
-    """
-    detector, few = load_detector(generator.device), list(dict.fromkeys(prompts))[:8]
-    plain = SamplerConfig(steps=4, schedule="power", power=2.0)
-    worths = [worth(prompt_scores(generator, few, replace(plain, revise=on), detector)) for on in (False, True)]
-    return worths[1] > worths[0] / 2
 
 
 def fixed_pool(passes: int, revises: bool = True) -> list[SamplerConfig]:

@@ -72,6 +72,8 @@ def distill(
                 run.save_checkpoint(state())
         yield record
     average.copy_to(generator.policy)
+    if config.method == "revise":
+        generator.revises = True
     if run is not None:
         origin = f"{config.method} run {run.path.name}"
         generator.save_policy(run.path / "policy.safetensors", origin=origin)

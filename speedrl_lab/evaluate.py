@@ -39,7 +39,7 @@ from speedrl_lab import cache as kept
 from speedrl_lab import compositor, judges, noise, scenes
 from speedrl_lab.config import SamplerConfig
 from speedrl_lab.distances import DetectorFeatures, SurfaceFeatures, frechet_distance, kid
-from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.generator import MaskedGenerator, can_revise
 from speedrl_lab.intervals import COSTS, METRICS, SET_METRICS
 from speedrl_lab.intervals import frontier as frontier
 from speedrl_lab.intervals import paired_difference as paired_difference
@@ -91,8 +91,8 @@ def score_samples(
     A model is one generator, or a list of the same model trained with several seeds; `training_seed`
     numbers them. `samplers` gives a model's settings, one for all budgets (its `steps` becomes the budget)
     or one a budget, taken as it is, so that a budget may also count passes; models without an entry take
-    Halton order, cosine schedule, no guidance. `sample` numbers the samples of a prompt. Judges of sets
-    compare the set of a seed with as many real scenes of the same kinds.
+    Halton order, cosine schedule, no guidance, and revise where they have learned to. `sample` numbers the
+    samples of a prompt. Judges of sets compare the set of a seed with as many real scenes of the same kinds.
 
     With `cache`, the scores of each model, budget and seed are kept in outputs/cache/evaluation under the
     hash of all that they depend on (see `set_key`), and are read instead of measured where they are known:
@@ -102,7 +102,6 @@ def score_samples(
     if not generators or not len(budgets) or seeds < 1:
         raise ValueError("nothing to evaluate: expected at least one generator, one budget and one seed")
     scenes.encode_captions(prompts)  # an unreadable prompt fails before the first sample
-    settings = {(name, budget): _sampler(samplers or {}, name, budget) for name in generators for budget in budgets}
     trained = {
         (name, index): generator
         for name, given in generators.items()
@@ -110,6 +109,11 @@ def score_samples(
     }
     if missing := generators.keys() - {name for name, _ in trained}:
         raise ValueError(f"no generator given for {sorted(missing)[0]!r}; expected one, or one a training seed")
+    settings = {
+        (name, budget): _sampler(samplers or {}, name, trained[name, 0], budget)
+        for name in generators
+        for budget in budgets
+    }
     jury = load_jury(next(iter(trained.values())).device)
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
     hashes = {model: _fingerprint(generator) if cache else None for model, generator in trained.items()}
@@ -169,8 +173,8 @@ def score_set(
     return pd.DataFrame({name: table[name].tolist() for name in SCORES})  # plain values, as a cached one holds
 
 
-def _sampler(samplers: Samplers, name: str, budget: int) -> SamplerConfig:
-    chosen = samplers.get(name, SamplerConfig())
+def _sampler(samplers: Samplers, name: str, generator: MaskedGenerator, budget: int) -> SamplerConfig:
+    chosen = samplers.get(name, SamplerConfig(revise=can_revise(generator)))
     if isinstance(chosen, SamplerConfig):
         return replace(chosen, steps=budget)
     if budget not in chosen:

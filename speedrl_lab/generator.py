@@ -144,6 +144,14 @@ def prepared(generator: MaskedGenerator, cond: Cond) -> Cond:
     return cond if own is None else own(cond)
 
 
+def can_revise(generator: MaskedGenerator) -> bool:
+    """Whether the policy has learned to draw its own drafts anew (`SamplerConfig.revise`).
+
+    Training sets `generator.revises`; embedded generators keep it in their policy files, one that lacks it has not.
+    """
+    return getattr(generator, "revises", False)
+
+
 def guided_logits(
     generator: MaskedGenerator,
     tokens: Tensor,

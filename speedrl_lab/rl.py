@@ -88,6 +88,8 @@ def train(
                 run.save_checkpoint(learner.state())
             raise
     learner.finish()
+    if config.sampler.revise:
+        generator.revises = True
     if run is not None:
         generator.save_policy(run.path / "policy.safetensors", origin=f"Speed-RL run {run.path.name}")
 

@@ -24,11 +24,12 @@ def save_weights(
     origin: str = "",
     pace: PaceHead | None = None,
     dtype: torch.dtype = torch.float16,
+    revises: bool = False,
 ) -> None:
     """Write a module atomically with its class, constructor settings and the command that made it.
 
     Floating-point tensors are stored in `dtype` (half by default: the files are committed). The pace
-    head of a policy travels in the same file, under the prefix "pace.".
+    head of a policy travels in the same file, under the prefix "pace."; so does whether it `revises`.
     """
     path = Path(path)
     state = dict(module.state_dict())
@@ -38,6 +39,8 @@ def save_weights(
         "config": json.dumps(module.config),
         "origin": origin,
     }
+    if revises:
+        metadata["revises"] = "true"
     if pace is not None:
         state |= {"pace." + name: value for name, value in pace.state_dict().items()}
         metadata["pace"] = json.dumps(pace.config)

@@ -14,7 +14,7 @@ from speedrl_lab.config import DistillConfig, RunConfig, SamplerConfig
 from speedrl_lab.distill import distill
 from speedrl_lab.draws import fixed_orders, inverse_cdf
 from speedrl_lab.enumeration import enumerate_trajectories
-from speedrl_lab.generator import StepInfo, guided_logits
+from speedrl_lab.generator import StepInfo, can_revise, guided_logits
 from speedrl_lab.generators.tiny import make_tiny
 from speedrl_lab.revising import Revising
 from speedrl_lab.runs import Run
@@ -60,6 +60,7 @@ def test_records_have_what_a_comparison_needs(config, tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["loss"] for record in logged] == [record["loss"] for record in records]
     assert (tmp_path / "run" / "policy.safetensors").is_file()
+    assert can_revise(generator) == (config.method == "revise")
     assert not torch.equal(weights_of(generator), weights_of(make_toy()))
 
 

@@ -43,6 +43,21 @@ def frame(tokenizer) -> pd.DataFrame:
     return evaluate.score_samples(models, PROMPTS, [1, 3], 2, samplers)
 
 
+def test_a_model_that_has_learned_to_revise_is_drawn_so(tokenizer, monkeypatch):
+    drawn = []
+    real = evaluate.sample
+
+    def noted(generator, prompts, sampler, **settings):
+        drawn.append((generator.revises, sampler.revise))
+        return real(generator, prompts, sampler, **settings)
+
+    monkeypatch.setattr(evaluate, "sample", noted)
+    models = {"plain": tiny_emoji(tokenizer), "taught": tiny_emoji(tokenizer, seed=1)}
+    models["taught"].revises = True
+    evaluate.score_samples(models, PROMPTS, [2], 1, cache=False)
+    assert set(drawn) == {(False, False), (True, True)}
+
+
 @pytest.fixture
 def no_sampling(monkeypatch):
     """From here on nothing may be sampled."""

@@ -59,6 +59,16 @@ def test_the_pace_head_travels_with_the_policy(tmp_path, policy):
     assert load_weights(tmp_path / "p.safetensors", "MaskedTransformer").config == policy.config
 
 
+def test_what_has_learned_to_revise_says_so_in_its_file(tmp_path):
+    generator = load_generator("tiny", device="cpu")
+    assert not generator.revises
+    generator.revises = True
+    assert generator.copy().revises
+    generator.save_policy(tmp_path / "p.safetensors")
+    assert load_generator("tiny", device="cpu", policy=tmp_path / "p.safetensors").revises
+    assert not load_generator("tiny", device="cpu").revises
+
+
 @pytest.mark.parametrize("name", ["tokenizer", "clip", "detector", "generator"])
 def test_committed_weights_load(name):
     modules = {"tokenizer": "Tokenizer", "clip": "SmallClip", "detector": "Detector"}

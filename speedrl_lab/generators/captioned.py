@@ -1,7 +1,9 @@
 """What generators of EmojiScenes captions share: everything but the picture."""
 
 from collections.abc import Sequence
+from copy import copy, deepcopy
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,9 +18,11 @@ from speedrl_lab.weights import save_weights
 
 
 class CaptionedGenerator:
-    """A MaskedTransformer behind the generator contract; a subclass adds `decode`, `tokenize` and `copy`."""
+    """A MaskedTransformer behind the generator contract; a subclass adds `decode` and `tokenize`."""
 
     lora_targets = ("qkv", "out", "up", "down")
+    revises = False
+    """Whether the policy has learned to draw its own drafts anew."""
 
     def __init__(self, name: str, policy: MaskedTransformer, pace: PaceHead | None, patch: int):
         rows, columns = policy.config["grid"]
@@ -70,5 +74,11 @@ class CaptionedGenerator:
                 f"cannot decode token {int(bad[0])}: expected codes 0 to {self.spec.codebook_size - 1}, no mask"
             )
 
+    def copy(self) -> Self:
+        """The same generator with its own copy of policy and pace head."""
+        twin = copy(self)
+        twin.policy, twin.pace = deepcopy(self.policy), deepcopy(self.pace)
+        return twin
+
     def save_policy(self, path: Path | str, origin: str = "") -> None:
-        save_weights(merged(self.policy), path, origin, self.pace)
+        save_weights(merged(self.policy), path, origin, self.pace, revises=self.revises)

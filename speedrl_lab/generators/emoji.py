@@ -1,6 +1,5 @@
 """The embedded generator: MaskedTransformer and FSQ tokenizer on EmojiScenes. A CPU is enough."""
 
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -31,16 +30,16 @@ class EmojiGenerator(CaptionedGenerator):
     def tokenize(self, images: Tensor) -> Tensor:
         return self.tokenizer.encode(images.to(self.device))
 
-    def copy(self) -> "EmojiGenerator":
-        return EmojiGenerator(deepcopy(self.policy), self.tokenizer, deepcopy(self.pace))
-
 
 def load_emoji(device: torch.device, policy: Path | str | None = None) -> EmojiGenerator:
     """Read the committed weights; `policy` is a file written by `save_policy`, or one with a pace head alone."""
     policy = policy or WEIGHTS / "generator.safetensors"
     pace = load_pace(policy)
-    if read_metadata(policy)["module"] == "PaceHead":  # a schedule for the frozen base
+    facts = read_metadata(policy)
+    if facts["module"] == "PaceHead":  # a schedule for the frozen base
         policy = WEIGHTS / "generator.safetensors"
     network = load_weights(policy, "MaskedTransformer")
     tokenizer = load_weights(WEIGHTS / "tokenizer.safetensors", "Tokenizer")
-    return EmojiGenerator(network.to(device), tokenizer.to(device), None if pace is None else pace.to(device))
+    generator = EmojiGenerator(network.to(device), tokenizer.to(device), None if pace is None else pace.to(device))
+    generator.revises = "revises" in facts
+    return generator

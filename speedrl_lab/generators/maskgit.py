@@ -10,7 +10,7 @@ import pickle
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,9 @@ class MaskGitGenerator:
 
     def copy(self) -> "MaskGitGenerator":
         """The same generator with its own copy of policy and pace head; the codec is shared."""
-        return MaskGitGenerator(deepcopy(self.policy), self.codec, deepcopy(self.pace))
+        twin = copy(self)
+        twin.policy, twin.pace = deepcopy(self.policy), deepcopy(self.pace)
+        return twin
 
     def save_policy(self, path: Path | str, origin: str = "") -> None:
         """Write the policy under its published names, and a pace head to `<stem>.pace.safetensors` beside it.

@@ -4,7 +4,6 @@ A few tokens of a few codes, drawn as gray squares, from the captions of EmojiSc
 random numbers from a seed: it paints nothing, but every expectation over its samples is a finite sum.
 """
 
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from speedrl_lab import scenes
 from speedrl_lab.generators.captioned import CaptionedGenerator
 from speedrl_lab.networks import MaskedTransformer
 from speedrl_lab.pace import PaceHead
-from speedrl_lab.weights import load_pace, load_weights
+from speedrl_lab.weights import load_pace, load_weights, read_metadata
 
 PATCH = 4  # pixels along a token
 
@@ -36,9 +35,6 @@ class TinyGenerator(CaptionedGenerator):
         """The nearest brightness of each square."""
         gray = nn.functional.avg_pool2d(images.to(self.device).mean(1, keepdim=True), PATCH)  # (B, 1, h, w)
         return (gray.flatten(1) * (self.spec.codebook_size - 1)).round().long()
-
-    def copy(self) -> "TinyGenerator":
-        return TinyGenerator(deepcopy(self.policy), deepcopy(self.pace))
 
 
 def make_tiny(grid: tuple[int, int] = (2, 2), codes: int = 3, seed: int = 0) -> TinyGenerator:
@@ -69,6 +65,7 @@ def load_tiny(device: torch.device, policy: Path | str | None = None) -> TinyGen
     generator = make_tiny() if policy is None else TinyGenerator(
         load_weights(policy, "MaskedTransformer"), load_pace(policy)
     )  # fmt: skip
+    generator.revises = policy is not None and "revises" in read_metadata(policy)
     generator.policy.to(device)
     if generator.pace is not None:
         generator.pace.to(device)
