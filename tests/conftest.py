@@ -129,6 +129,13 @@ def emoji(tokenizer: Tokenizer) -> EmojiGenerator:
     return tiny_emoji(tokenizer)
 
 
+@pytest.fixture(autouse=True)
+def whole_precision():
+    """A test that trains may let products be bfloat16, where a CPU has them; the next one finds them as they were."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def toy() -> Callable[..., ToyGenerator]:
     return make_toy
