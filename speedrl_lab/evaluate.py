@@ -57,8 +57,8 @@ Models = Mapping[str, MaskedGenerator | Sequence[MaskedGenerator]]
 SCORES = ("prompt", "kind", "sample", *COSTS, *METRICS, *SET_METRICS)
 """What one set of samples is measured by: the columns that are cached."""
 DECIDING = (
-    "compositor", "distances", "draws", "evaluate", "judges", "networks", "noise", "pace", "sampler", "scenes",
-    "schedules",
+    "compilation", "compositor", "distances", "draws", "evaluate", "judges", "networks", "noise", "pace", "sampler",
+    "scenes", "schedules",
 )  # fmt: skip
 CODE = kept.sources(*DECIDING)
 """What samples and judges, read when it is imported: an edited judge or sampler finds none of the old results."""
