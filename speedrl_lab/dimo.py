@@ -45,7 +45,7 @@ class TokenMatching:
         steps = config.student_steps[iteration % len(config.student_steps)]
         drawn_with = replace(
             self.sampler, steps=steps, schedule="power", guidance_scale=1.0, temperature=1.0, first_temperature=1.0,
-            start_noise=self.sampler.start_noise if steps == 1 else 0.0,
+            start_noise=self.sampler.start_noise if steps == 1 else 0.0, revise=False,
         )  # fmt: skip
         keys = iteration_keys(self.seed, iteration, len(prompts), self.student.device)
         trajectory = sample(self.student, prompts, drawn_with, seed=int(keys[0]))
