@@ -48,18 +48,21 @@ UNGUIDED = (
 NOISY = tuple({"start_noise": 0.4, "temperature": temperature} for temperature in TEMPERATURES[:3])
 """Di[M]O's start (arXiv 2503.15457), for policies that have learned it."""
 REVISING = tuple(
-    SamplerConfig(schedule="power", power=power, revise=True, **heat)
-    for power in (1.5, 2.0, 3.0)
+    replace(kind, revise=True, **heat)
+    for kind in (
+        SamplerConfig(),
+        SamplerConfig(schedule="power", power=1.5),
+        SamplerConfig(schedule="power", power=2.0),
+    )
     for heat in (*({"temperature": temperature} for temperature in TEMPERATURES[:3]), *HOT_STARTS)
 )
-"""Steps that draw anew what is drawn, for policies that have learned it."""
+"""What a policy may be sampled with that has learned to draw anew what is drawn: it always does."""
 CANDIDATES = (
     *UNGUIDED,
-    *REVISING,
     *(replace(kind, **noisy) for kind in KINDS[2:] for noisy in NOISY),
     *(replace(kind, guidance_scale=2.0) for kind in (KINDS[0], KINDS[2])),
 )
-"""What a tuned policy may be sampled with."""
+"""What any other tuned policy may be sampled with."""
 ONE_STEP = tuple(SamplerConfig(temperature=t, start_noise=share) for share in (0.0, 0.4) for t in TEMPERATURES[:3])
 """The same for a single pass, where order and schedule change nothing."""
 FOLDER = "search"
@@ -200,21 +203,22 @@ def head_kind(generator: MaskedGenerator) -> str:
     return "adaptive" if generator.pace.adaptive else "paced"
 
 
-def fixed_pool(passes: int, revises: bool = True) -> list[SamplerConfig]:
-    """Settings that cost so many passes; without those that revise, where the policy cannot."""
-    pool = with_passes(ONE_STEP if passes == 1 else CANDIDATES, passes)
-    return [sampler for sampler in pool if revises or not sampler.revise]
+def fixed_pool(passes: int, revises: bool = False) -> list[SamplerConfig]:
+    """Settings that cost so many passes, for a policy that `revises` or for one that cannot."""
+    if passes == 1:
+        return with_passes(ONE_STEP, passes)  # nothing is there to revise
+    return with_passes(REVISING if revises else CANDIDATES, passes)
 
 
-def own_pool(kind: str, steps: int, revises: bool = True) -> list[SamplerConfig]:
+def own_pool(kind: str, steps: int, revises: bool = False) -> list[SamplerConfig]:
     """Settings with which a `paced` or `adaptive` head chooses, in at most so many steps."""
-    each = [SamplerConfig(steps=steps, schedule=kind, greedy_pace=greedy) for greedy in (True, False)]
+    ours = SamplerConfig(steps=steps, schedule=kind, revise=revises)
+    each = [replace(ours, greedy_pace=greedy) for greedy in (True, False)]
     if kind == "adaptive":
         return each  # chooses temperatures itself
+    starts = HOT_STARTS if revises else (*HOT_STARTS, *NOISY)
     plain = [replace(sampler, temperature=temperature) for sampler in each for temperature in TEMPERATURES]
-    plain += [replace(sampler, **start) for sampler in each for start in (*HOT_STARTS, *NOISY)]
-    revising = [replace(sampler, revise=True) for sampler in plain if revises and not sampler.start_noise]
-    return plain + revising
+    return plain + [replace(sampler, **start) for sampler in each for start in starts]
 
 
 def search_key(generator: MaskedGenerator, prompts: Sequence[str]) -> str:

@@ -1,7 +1,9 @@
-"""`make demo`: a short Speed-RL run from the committed base, then the frontier page.
+"""`make demo`: a short Speed-RL run, then the frontier page.
 
-Two notebooks, run by papermill into one folder. An interrupted demo goes on where it stopped when it is
-called again; a finished one is never touched: the next call takes the next free folder.
+The run starts from a distillation of the base that has learned to revise (`data/weights/rivals`), as the longer
+trained weights did; the page shows base, start and both. Two notebooks, run by papermill into one folder. An
+interrupted demo goes on where it stopped when it is called again; a finished one is never touched: the next call
+takes the next free folder.
 """
 
 from pathlib import Path
@@ -12,6 +14,7 @@ from speedrl_lab import notebooks
 from speedrl_lab.runs import outputs_root
 from speedrl_lab.scenes import DATA
 
+START = DATA / "weights" / "rivals" / "revise.safetensors"
 COMMITTED = DATA / "weights" / "speed_rl.safetensors"
 TRAINED, PAGE = "policy.safetensors", "frontier.html"
 
@@ -36,10 +39,9 @@ def main(output: Path | None = None) -> Path:
     run = folder / "speed_rl"
     tqdm.write(f"demo folder: {folder}")
     if not (run / TRAINED).exists():
-        _execute("03_speed_rl", folder, run=str(run), resume=run.exists(), preset="demo")
-    policies = [f"speed-rl, short={run / TRAINED}"]
-    if COMMITTED.exists():
-        policies.append(f"speed-rl={COMMITTED}")
+        drawn = {"revise": True, "power": 2.0}  # as START was taught to
+        _execute("03_speed_rl", folder, run=str(run), resume=run.exists(), preset="demo", policy=str(START), **drawn)
+    policies = [f"before RL={START}", f"speed-rl, short={run / TRAINED}", f"speed-rl={COMMITTED}"]
     begun = (folder / "config.json").exists()
     searching = {"search_prompts": 12, "own_steps": [8]}  # a short demo
     _execute("05_frontier", folder, policies=policies, run=str(folder), resume=begun, preset="demo", **searching)

@@ -19,7 +19,7 @@ from speedrl_lab import noise
 from speedrl_lab.config import DistillConfig, SamplerConfig
 from speedrl_lab.draws import fixed_orders, inverse_cdf
 from speedrl_lab.generator import Cond, MaskedGenerator, StepInfo
-from speedrl_lab.student import chosen_prompts, draw_pool, iteration_keys, optimizer_step, pool_prompts
+from speedrl_lab.student import Pool, iteration_keys, optimizer_step
 
 WHOLE = 0.1
 """Share of states that show a whole draft, without masks."""
@@ -43,23 +43,20 @@ class Revising:
         seed: int,
     ):
         self.student, self.teacher = generator, generator.copy()
-        self.prompts, self.config, self.sampler, self.seed = prompts, config, sampler, seed
+        self.config, self.sampler, self.seed = config, sampler, seed
+        self.pool = Pool(prompts, config.pool_size, seed)
         self.optimizer = torch.optim.Adam(generator.policy.parameters())
-        self.pool: Tensor | None = None  # int64 (P, N), drawn before the first update
 
     def update(self, iteration: int, rate: float) -> dict[str, float]:
         """One optimizer step on fresh states; `rate` scales the learning rate."""
         config = self.config
-        forwards = 0
-        if self.pool is None:
-            drawn_with = replace(
-                self.sampler, steps=config.teacher_steps, guidance_scale=config.teacher_guidance,
-                temperature=config.teacher_temperature, first_temperature=1.0, start_noise=0.0, revise=False,
-            )  # fmt: skip
-            self.pool, forwards = draw_pool(self.teacher, self.prompts, drawn_with, config.pool_size, self.seed)
-        rows = chosen_prompts(range(len(self.pool)), self.seed, iteration, config.distill_batch_size)
-        tokens = self.pool[torch.tensor(rows, device=self.pool.device)]
-        cond = self.student.encode(pool_prompts(self.prompts, self.seed, config.pool_size, rows))
+        drawn_with = replace(
+            self.sampler, steps=config.teacher_steps, guidance_scale=config.teacher_guidance,
+            temperature=config.teacher_temperature, first_temperature=1.0, start_noise=0.0, revise=False,
+        )  # fmt: skip
+        forwards = self.pool.fill(self.teacher, drawn_with)
+        tokens, prompts = self.pool.batch(iteration, config.distill_batch_size)
+        cond = self.student.encode(prompts)
         keys = iteration_keys(self.seed, iteration, len(tokens), tokens.device)
         state = self._state(tokens, cond, keys)
         logits = self.student.logits(state, cond, ONE)  # (B, N, V)
@@ -67,11 +64,11 @@ class Revising:
         each.mean().backward()
         norm = optimizer_step(self.student.policy, self.optimizer, config.distill_learning_rate * rate)
         each, shown = each.detach(), state != self.student.spec.mask_id
-        wrong = shown & (state != tokens)
+        wrong = shown & (state != tokens)  # a tiny batch may hold none
         return {
             "loss": float(each.mean()),
-            "masked_loss": float(each[~shown].mean()),
-            "wrong_loss": float(each[wrong].mean()),
+            "masked_loss": float(each[~shown].sum() / (~shown).sum().clamp(min=1)),
+            "wrong_loss": float(each[wrong].sum() / wrong.sum().clamp(min=1)),
             "gradient_norm": norm,
             "forwards": forwards + 2 * len(tokens),
             "backwards": len(tokens),
@@ -104,7 +101,7 @@ class Revising:
             "student": self.student.policy.state_dict(),
             "teacher": self.teacher.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "pool": self.pool,
+            "pool": self.pool.tokens,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -112,4 +109,4 @@ class Revising:
         self.student.policy.load_state_dict(state["student"])
         self.teacher.policy.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.pool = state["pool"]
+        self.pool.tokens = state["pool"]

@@ -19,7 +19,7 @@ from speedrl_lab import noise
 from speedrl_lab.config import DistillConfig, SamplerConfig
 from speedrl_lab.draws import fixed_orders, inverse_cdf
 from speedrl_lab.generator import Cond, MaskedGenerator, StepInfo, guided_logits
-from speedrl_lab.student import chosen_prompts, draw_pool, iteration_keys, mixed_kl, optimizer_step, pool_prompts
+from speedrl_lab.student import Pool, iteration_keys, mixed_kl, optimizer_step
 
 
 class MultiStepMatching:
@@ -34,27 +34,24 @@ class MultiStepMatching:
         seed: int,
     ):
         self.student, self.teacher = generator, generator.copy()
-        self.prompts, self.config, self.sampler, self.seed = prompts, config, sampler, seed
+        self.config, self.sampler, self.seed = config, sampler, seed
+        self.pool = Pool(prompts, config.pool_size, seed)
         self.optimizer = torch.optim.Adam(generator.policy.parameters())
         self.round = 0
-        self.pool: Tensor | None = None  # int64 (P, N), drawn before the first update
 
     def update(self, iteration: int, rate: float) -> dict[str, float]:
         """One optimizer step on fresh states; `rate` scales the learning rate."""
         config = self.config
-        forwards = 0
-        if self.pool is None:
-            guided = replace(
-                self.sampler, steps=config.teacher_steps, schedule="cosine", guidance_scale=config.teacher_guidance,
-                temperature=1.0, first_temperature=1.0, start_noise=0.0, revise=False,
-            )  # fmt: skip
-            self.pool, forwards = draw_pool(self.teacher, self.prompts, guided, config.pool_size, self.seed)
+        guided = replace(
+            self.sampler, steps=config.teacher_steps, schedule="cosine", guidance_scale=config.teacher_guidance,
+            temperature=1.0, first_temperature=1.0, start_noise=0.0, revise=False,
+        )  # fmt: skip
+        forwards = self.pool.fill(self.teacher, guided)
         due = iteration * config.rounds // config.distill_iterations
         if due > self.round:
             self.teacher, self.round = self.student.copy(), due
-        pool_rows = chosen_prompts(range(len(self.pool)), self.seed, iteration, config.distill_batch_size)
-        tokens = self.pool[torch.tensor(pool_rows, device=self.pool.device)]
-        cond = self.student.encode(pool_prompts(self.prompts, self.seed, config.pool_size, pool_rows))
+        tokens, prompts = self.pool.batch(iteration, config.distill_batch_size)
+        cond = self.student.encode(prompts)
         keys = iteration_keys(self.seed, iteration, len(tokens), tokens.device)
         state, target, rows, cost = self._targets(tokens, cond, keys)
         logits = self.student.logits(state, cond, StepInfo(0, 1), rows)  # (R, V)
@@ -104,7 +101,7 @@ class MultiStepMatching:
             "teacher": self.teacher.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "round": self.round,
-            "pool": self.pool,
+            "pool": self.pool.tokens,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -112,4 +109,4 @@ class MultiStepMatching:
         self.student.policy.load_state_dict(state["student"])
         self.teacher.policy.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.round, self.pool = state["round"], state["pool"]
+        self.round, self.pool.tokens = state["round"], state["pool"]

@@ -1,4 +1,4 @@
-"""What the distillation methods share: an optimizer step, losses, a teacher's samples, numbers of an iteration."""
+"""What distillation methods share: an optimizer step, losses, a pool of a teacher's samples, an iteration's numbers."""
 
 from collections.abc import Sequence
 
@@ -29,25 +29,32 @@ def chosen_prompts(prompts: Sequence[str], seed: int, iteration: int, count: int
     return torch.randint(len(prompts), (count,), generator=rng).tolist()
 
 
-def pool_prompts(prompts: Sequence[str], seed: int, size: int, rows: Sequence[int]) -> list[str]:
-    """The prompts of some rows of a pool of `size` samples."""
-    chosen = chosen_prompts(prompts, seed, -1, size)
-    return [prompts[chosen[row]] for row in rows]
+class Pool:
+    """Samples of a teacher for drawn prompts, from which the states of a distillation are made."""
 
+    def __init__(self, prompts: Sequence[str], size: int, seed: int):
+        self.seed = seed
+        self.prompts = [prompts[row] for row in chosen_prompts(prompts, seed, -1, size)]  # one a sample
+        self.tokens: Tensor | None = None  # int64 (P, N), drawn before the first update
 
-def draw_pool(
-    teacher: MaskedGenerator, prompts: Sequence[str], sampler: SamplerConfig, size: int, seed: int
-) -> tuple[Tensor, int]:
-    """Samples of a teacher for drawn prompts (`pool_prompts`), int64 (P, N), and the forward passes they cost."""
-    chosen = pool_prompts(prompts, seed, size, range(size))
-    parts, forwards = [], 0
-    for start in tqdm(range(0, size, POOL_BATCH), desc="teacher samples", unit="batch"):
-        # Another seed a batch: the sampler numbers the samples of a prompt inside its batch.
-        batch_seed = int(noise.fold(torch.tensor([seed]), start))
-        drawn = sample(teacher, chosen[start : start + POOL_BATCH], sampler, seed=batch_seed)
-        parts.append(drawn.tokens)
-        forwards += int(drawn.forwards.sum())
-    return torch.cat(parts), forwards
+    def fill(self, teacher: MaskedGenerator, sampler: SamplerConfig) -> int:
+        """Draw the samples, unless they are there; returns the forward passes that were spent."""
+        if self.tokens is not None:
+            return 0
+        parts, forwards = [], 0
+        for start in tqdm(range(0, len(self.prompts), POOL_BATCH), desc="teacher samples", unit="batch"):
+            # Another seed a batch: the sampler numbers the samples of a prompt inside its batch.
+            batch_seed = int(noise.fold(torch.tensor([self.seed]), start))
+            drawn = sample(teacher, self.prompts[start : start + POOL_BATCH], sampler, seed=batch_seed)
+            parts.append(drawn.tokens)
+            forwards += int(drawn.forwards.sum())
+        self.tokens = torch.cat(parts)
+        return forwards
+
+    def batch(self, iteration: int, count: int) -> tuple[Tensor, list[str]]:
+        """Samples (B, N) of an iteration, drawn with replacement, and their prompts."""
+        rows = chosen_prompts(self.prompts, self.seed, iteration, count)
+        return self.tokens[torch.tensor(rows, device=self.tokens.device)], [self.prompts[row] for row in rows]
 
 
 def optimizer_step(network: nn.Module, optimizer: Optimizer, learning_rate: float) -> float:

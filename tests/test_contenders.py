@@ -80,7 +80,11 @@ def test_every_pool_costs_its_passes_and_offers_what_fairness_asks(emoji):
     assert {s.first_temperature for s in four} == {1.0, 2.0, 3.0} and {s.start_noise for s in four} == {0.0, 0.4}
     assert {(s.guidance_scale, s.steps) for s in four} == {(1.0, 4), (2.0, 2)}
     assert all(sampler.guidance_scale == 1.0 for sampler in contenders.fixed_pool(3))
-    for passes, pool in ((1, one), (4, four)):
+    assert not any(sampler.revise for sampler in (*one, *four))
+    revising = contenders.fixed_pool(4, revises=True)
+    assert all(sampler.revise for sampler in revising) and {s.schedule for s in revising} == {"cosine", "power"}
+    assert all(sampler.revise for sampler in contenders.own_pool("paced", 4, revises=True))
+    for passes, pool in ((1, one), (4, four), (4, revising)):
         for sampler in pool:
             assert draw_pictures(emoji, ["a dog"], sampler, seed=0)[1]["forwards"].tolist() == [passes]
 

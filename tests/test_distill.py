@@ -124,7 +124,7 @@ def test_learning_to_revise_mends_what_contradicts_itself():
     pictures = torch.tensor([[0, 0], [1, 1], [2, 2]])
     config = replace(REVISE, distill_batch_size=64, pool_size=60)
     method = Revising(generator, PROMPTS, config, DRAWN, seed=0)
-    method.pool = pictures.repeat(20, 1)
+    method.pool.tokens = pictures.repeat(20, 1)
     for iteration in range(400):
         method.update(iteration, 1 - iteration / 400)
     wrong = {}
