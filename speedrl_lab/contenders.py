@@ -182,8 +182,8 @@ def field_of(
 ) -> dict[str, Contender]:
     """All contenders by name: base, and every policy searched on `prompts`; on the base's device.
 
-    Settings with less than `diversity_share` of the usual base's diversity are marked down by what they lack
-    (`search.worth`); with 0 the search looks at quality alone.
+    Settings with less than `diversity_share` of the usual base's diversity are marked down (`search.worth`); with 0
+    the search looks at quality alone.
     """
     found = base_contenders(base, budgets, usual)
     floor = diversity_share * usual_diversity(base, prompts, max(budgets)) if policies and diversity_share else 0.0

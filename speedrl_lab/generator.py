@@ -147,7 +147,7 @@ def prepared(generator: MaskedGenerator, cond: Cond) -> Cond:
 def can_revise(generator: MaskedGenerator) -> bool:
     """Whether the policy has learned to draw its own drafts anew (`SamplerConfig.revise`).
 
-    Training sets `generator.revises`; embedded generators keep it in their policy files, one that lacks it has not.
+    Training sets `generator.revises`, and a policy's file keeps it; a generator that lacks it has not.
     """
     return getattr(generator, "revises", False)
 

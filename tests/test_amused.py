@@ -13,7 +13,7 @@ from torch import Tensor
 
 from speedrl_lab.adapters import add_lora, has_adapter
 from speedrl_lab.config import SamplerConfig, TrainConfig
-from speedrl_lab.generator import StepInfo
+from speedrl_lab.generator import StepInfo, can_revise
 from speedrl_lab.generators.amused import AmusedGenerator, load_amused
 from speedrl_lab.likelihood import trajectory_log_prob
 from speedrl_lab.pace import PaceHead
@@ -194,6 +194,7 @@ def test_a_saved_policy_is_a_published_file(generator, tmp_path, folder):
     path = tmp_path / "tuned" / "policy.safetensors"
     with torch.no_grad():
         generator.policy.embed.conv.weight.add_(0.1)
+    generator.revises = True
     generator.save_policy(path, origin="a test")
     assert [file.name for file in path.parent.iterdir()] == ["policy.safetensors"]
     fresh = diffusers.UVit2DModel.from_config(diffusers.UVit2DModel.load_config(folder / "transformer"))
@@ -201,6 +202,7 @@ def test_a_saved_policy_is_a_published_file(generator, tmp_path, folder):
     for name, value in generator.policy.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[name]), name
     loaded = load_amused(folder, CPU, policy=path)
+    assert can_revise(loaded) and not can_revise(load_amused(folder, CPU))
     tokens, cond = half_masked(generator), generator.encode(PROMPTS)
     assert torch.equal(loaded.logits(tokens, cond, STEP), generator.logits(tokens, cond, STEP))
     # In place of the published file it makes a folder that diffusers itself reads.

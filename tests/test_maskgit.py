@@ -23,7 +23,7 @@ from torch.nn import functional
 
 import speedrl_lab as lab
 from speedrl_lab.adapters import has_adapter
-from speedrl_lab.generator import StepInfo, guided_logits
+from speedrl_lab.generator import StepInfo, can_revise, guided_logits
 from speedrl_lab.generators.llamagen_vq import LlamaGenVQ, vq_from
 from speedrl_lab.generators.maskgit import class_index, class_names, load_maskgit
 from speedrl_lab.generators.maskgit_transformer import MaskGitTransformer, published_sizes, transformer_from
@@ -352,10 +352,11 @@ def test_saved_policies_have_published_names_and_load_again(generator, file, tmp
     tokens, cond = states(), generator.encode(["1", "2", "3"])
     assert torch.equal(loaded.logits(tokens, cond, STEP), generator.logits(tokens, cond, STEP))
     assert torch.equal(loaded.pace.layers[0].weight, generator.pace.layers[0].weight)
+    assert not can_revise(loaded)
     assert all(value.requires_grad for value in loaded.policy.parameters())
-    generator.pace = None
+    generator.pace, generator.revises = None, True
     generator.save_policy(path)  # without the pace head of the earlier policy
-    assert load_maskgit(file, CPU, policy=path).pace is None
+    assert load_maskgit(file, CPU, policy=path).pace is None and can_revise(load_maskgit(file, CPU, policy=path))
 
 
 def test_safetensors_and_a_single_name_of_the_tied_weight_are_read(generator, file, tmp_path):

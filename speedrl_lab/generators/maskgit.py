@@ -70,6 +70,7 @@ class MaskGitGenerator:
 
     family = "maskgit"
     lora_targets = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+    revises = False
 
     def __init__(self, policy: MaskGitTransformer, codec: LlamaGenVQ, pace: PaceHead | None = None):
         """Raises ValueError where the two networks do not fit each other, or the classes are not ImageNet's."""
@@ -150,6 +151,8 @@ class MaskGitGenerator:
         state = merged(self.policy).state_dict()
         state["head.weight"] = state["head.weight"].clone()  # safetensors takes no tensor twice
         facts = {"family": self.family, "config": json.dumps({"heads": self.policy.heads}), "origin": origin}
+        if self.revises:
+            facts["revises"] = "true"
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.pace is None:
             pace_path(path).unlink(missing_ok=True)  # of an earlier policy
@@ -183,6 +186,7 @@ def load_maskgit(
     pace = _read_pace(source)
     generator = MaskGitGenerator(network.to(device), codec.to(device), None if pace is None else pace.to(device))
     generator.policy.requires_grad_(True)
+    generator.revises = "revises" in config
     return generator
 
 
@@ -210,7 +214,7 @@ def read_checkpoint(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, 
     """
     if path.suffix == ".safetensors":
         state, facts = read_tensors(path)
-        config = json.loads(facts.get("config", "{}")) | {k: v for k, v in facts.items() if k == "family"}
+        config = json.loads(facts.get("config", "{}")) | {k: v for k, v in facts.items() if k in ("family", "revises")}
     else:
         payload = _unpickled(path)
         if not isinstance(payload, dict) or not isinstance(payload.get(key), Mapping):

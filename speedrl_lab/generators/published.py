@@ -41,6 +41,7 @@ class PublishedGenerator:
 
     family: str
     lora_targets: tuple[str, ...]
+    revises = False
 
     def __init__(
         self,
@@ -185,6 +186,8 @@ class PublishedGenerator:
         policy = merged(self.policy) if has_adapter(self.policy) else self.policy
         config = {name: value for name, value in policy.config.items() if not name.startswith("_")}
         facts = {"family": self.family, "config": json.dumps(config, default=str), "origin": origin}
+        if self.revises:
+            facts["revises"] = "true"
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.pace is None:
             pace_path(path).unlink(missing_ok=True)  # of an earlier policy
@@ -194,7 +197,8 @@ class PublishedGenerator:
         write_tensors(policy.state_dict(), path, facts)
 
     def load_policy(self, path: Path | str) -> None:
-        """Replace the policy's weights, key by key, by those of a file; its pace head too, where it has one.
+        """Replace the policy's weights, key by key, by those of a file; its pace head too, where it has one, and
+        whether it revises.
 
         Raises FileNotFoundError or ValueError in one line; nothing is replaced then.
         """
@@ -211,7 +215,7 @@ class PublishedGenerator:
             fill(pace, weights, pace_path(path))
         tensors = {name.removeprefix("_orig_mod."): value for name, value in tensors.items()}  # of torch.compile
         fill(self.policy, tensors, path)
-        self.pace = pace
+        self.pace, self.revises = pace, "revises" in facts
 
 
 def code_logits(head: nn.Module, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
