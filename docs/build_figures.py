@@ -33,8 +33,8 @@ def main(results: Path) -> None:
     tuned = lab.load_generator(device="cpu", policy=DATA / "weights" / "speed_rl.safetensors")
     searched = lab.load_base_samplers_by_passes()
     usual = lab.SamplerConfig(steps=16, order="confidence", guidance_scale=3.0)
-    revised = lab.SamplerConfig(schedule="power", power=2.0, revise=True, temperature=0.8)
-    own = lab.SamplerConfig(steps=8, schedule="paced", revise=True, greedy_pace=True)
+    revised = lab.SamplerConfig(revise=True, temperature=0.8, first_temperature=2.0)
+    own = replace(revised, steps=8, schedule="paced", greedy_pace=True)
     rows = {
         "base\n2 passes": (base, searched[2]),
         "Speed-RL\n2 passes": (tuned, replace(revised, steps=2)),
