@@ -1,7 +1,7 @@
 """The best sampler a generator has at each cost: what a fair base line is made of."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,8 @@ BASE_SAMPLERS = compositor.DATA / "base_samplers.json"
 BASE_SAMPLERS_BY_PASSES = compositor.DATA / "base_samplers_by_passes.json"
 
 Key = TypeVar("Key")
+Scores = Callable[[Sequence[str], SamplerConfig], torch.Tensor]
+"""`prompt_scores` of one generator: prompts and a sampler in, (P, 2) out."""
 
 
 def prompt_scores(
@@ -57,11 +59,13 @@ def best_samplers(
     prompts: Sequence[str],
     pools: Mapping[Key, Sequence[SamplerConfig]],
     least_diversity: float = 0.0,
+    scores: Scores | None = None,
 ) -> dict[Key, SamplerConfig]:
     """The sampler of each pool with the best `worth` of its `prompt_scores`: a fair base.
 
     A pool of more than FINALISTS is screened on every SCREEN-th prompt first. Samplers that several pools
-    share are drawn once; repeated prompts count once. Raises ValueError without prompts or for an empty pool.
+    share are drawn once; repeated prompts count once. `scores` may know some of them already. Raises ValueError
+    without prompts or for an empty pool.
     """
     if not prompts:
         raise ValueError("no prompts to search on; expected at least one")
@@ -71,13 +75,14 @@ def best_samplers(
     prompts = list(dict.fromkeys(prompts))
     parts = [prompts[::SCREEN], [prompt for index, prompt in enumerate(prompts) if index % SCREEN]]
     detector = load_detector(generator.device)
+    scores = scores or (lambda prompts, sampler: prompt_scores(generator, prompts, sampler, detector))
 
     @cache
-    def scores(sampler: SamplerConfig, part: int) -> torch.Tensor:
-        return prompt_scores(generator, parts[part], sampler, detector) if parts[part] else torch.zeros(0, 2)
+    def seen_in(part: int, sampler: SamplerConfig) -> torch.Tensor:
+        return scores(parts[part], sampler) if parts[part] else torch.zeros(0, 2)
 
     def ranked(pool: Sequence[SamplerConfig], stages: Sequence[int]) -> list[SamplerConfig]:
-        seen = {sampler: torch.cat([scores(sampler, part) for part in stages]) for sampler in pool}
+        seen = {sampler: torch.cat([seen_in(part, sampler) for part in stages]) for sampler in pool}
         return sorted(pool, key=lambda sampler: -worth(seen[sampler], least_diversity))
 
     best = {}
