@@ -1,9 +1,9 @@
 """`make demo`: a short Speed-RL run, then the frontier page.
 
-The run starts from a distillation of the base that has learned to revise (`data/weights/rivals`), as the longer
-trained weights did; the page shows base, start and both. Two notebooks, run by papermill into one folder. An
-interrupted demo goes on where it stopped when it is called again; a finished one is never touched: the next call
-takes the next free folder.
+The run starts from a distillation of the base (`data/weights/rivals`): RL on top of it does in minutes what takes
+RL from the base hours. The page shows base, start, short run and the weights that were trained for longer. Two
+notebooks, run by papermill into one folder. An interrupted demo goes on where it stopped when it is called again; a
+finished one is never touched: the next call takes the next free folder.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from speedrl_lab import notebooks
 from speedrl_lab.runs import outputs_root
 from speedrl_lab.scenes import DATA
 
-START = DATA / "weights" / "rivals" / "revise.safetensors"
+START = DATA / "weights" / "rivals" / "dimo.safetensors"
 COMMITTED = DATA / "weights" / "speed_rl.safetensors"
 TRAINED, PAGE = "policy.safetensors", "frontier.html"
 
@@ -39,9 +39,8 @@ def main(output: Path | None = None) -> Path:
     run = folder / "speed_rl"
     tqdm.write(f"demo folder: {folder}")
     if not (run / TRAINED).exists():
-        drawn = {"revise": True, "power": 2.0}  # as START was taught to
-        _execute("03_speed_rl", folder, run=str(run), resume=run.exists(), preset="demo", policy=str(START), **drawn)
-    policies = [f"before RL={START}", f"speed-rl, short={run / TRAINED}", f"speed-rl={COMMITTED}"]
+        _execute("03_speed_rl", folder, run=str(run), resume=run.exists(), preset="demo", policy=str(START))
+    policies = [f"dimo, its start={START}", f"speed-rl, short={run / TRAINED}", f"speed-rl={COMMITTED}"]
     begun = (folder / "config.json").exists()
     searching = {"search_prompts": 12, "own_steps": [8]}  # a short demo
     _execute("05_frontier", folder, policies=policies, run=str(folder), resume=begun, preset="demo", **searching)

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from speedrl_lab import contenders, demo, notebooks
-from speedrl_lab.generator import can_revise
 from speedrl_lab.generators import load_generator
 
 
@@ -28,15 +27,15 @@ def executed(tmp_path, monkeypatch) -> list[tuple[str, dict]]:
     return calls
 
 
-def test_a_demo_trains_from_weights_that_revise_and_shows_that_start(executed, tmp_path):
+def test_a_demo_trains_from_a_distillation_and_shows_that_start(executed, tmp_path):
     assert demo.main() == tmp_path / "demo" / demo.PAGE
     (first, training), (second, frontier) = executed
     assert (first, second) == ("03_speed_rl", "05_frontier")
-    assert training["revise"] and can_revise(load_generator("emoji", "cpu", training["policy"]))
+    assert load_generator("emoji", "cpu", training["policy"]).spec.name == "emoji"
     assert not training["resume"] and not frontier["resume"]
     shown = contenders.read_policies(frontier["policies"])
-    assert list(shown) == ["before RL", "speed-rl, short", "speed-rl"]
-    assert shown["before RL"] == [Path(training["policy"])]
+    assert list(shown) == ["dimo, its start", "speed-rl, short", "speed-rl"]
+    assert shown["dimo, its start"] == [Path(training["policy"])]
     assert shown["speed-rl, short"] == [Path(training["run"]) / demo.TRAINED]
 
 
