@@ -40,7 +40,7 @@ def main(output: Path | None = None) -> Path:
     tqdm.write(f"demo folder: {folder}")
     if not (run / TRAINED).exists():
         _execute("03_speed_rl", folder, run=str(run), resume=run.exists(), preset="demo", policy=str(START))
-    policies = [f"dimo, its start={START}", f"speed-rl, short={run / TRAINED}", f"speed-rl={COMMITTED}"]
+    policies = [f"before RL={START}", f"speed-rl, short={run / TRAINED}", f"speed-rl={COMMITTED}"]
     begun = (folder / "config.json").exists()
     searching = {"search_prompts": 12, "own_steps": [8]}  # a short demo
     _execute("05_frontier", folder, policies=policies, run=str(folder), resume=begun, preset="demo", **searching)

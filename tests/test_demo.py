@@ -34,8 +34,8 @@ def test_a_demo_trains_from_a_distillation_and_shows_that_start(executed, tmp_pa
     assert load_generator("emoji", "cpu", training["policy"]).spec.name == "emoji"
     assert not training["resume"] and not frontier["resume"]
     shown = contenders.read_policies(frontier["policies"])
-    assert list(shown) == ["dimo, its start", "speed-rl, short", "speed-rl"]
-    assert shown["dimo, its start"] == [Path(training["policy"])]
+    assert list(shown) == ["before RL", "speed-rl, short", "speed-rl"]
+    assert shown["before RL"] == [Path(training["policy"])]
     assert shown["speed-rl, short"] == [Path(training["run"]) / demo.TRAINED]
 
 
