@@ -28,7 +28,7 @@ def _embedded() -> dict[str, RunConfig]:
         emoji,
         preset="demo",
         train=replace(
-            emoji.train, iterations=80, learning_rate=1e-4, warmup_iterations=5, practice_steps=(2, 1, 4),
+            emoji.train, iterations=60, learning_rate=1e-4, warmup_iterations=5, practice_steps=(2, 1, 4),
             quality_weights={"verified": 1.0, "coherence": 0.7, "clip": 0.3, "variety": 1.0}, kl_weight=0.05,
             speed_form="lagrangian", speed_weight=0.6, target_steps=3.0, ema_decay=0.9,
         ),
