@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,8 +74,8 @@ def best_samplers(
             raise ValueError(f"no candidate for {key!r}: expected at least one (a guided step costs two passes)")
     prompts = list(dict.fromkeys(prompts))
     parts = [prompts[::SCREEN], [prompt for index, prompt in enumerate(prompts) if index % SCREEN]]
-    detector = load_detector(generator.device)
-    scores = scores or (lambda prompts, sampler: prompt_scores(generator, prompts, sampler, detector))
+    if scores is None:
+        scores = partial(prompt_scores, generator, detector=load_detector(generator.device))
 
     @cache
     def seen_in(part: int, sampler: SamplerConfig) -> torch.Tensor:

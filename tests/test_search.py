@@ -69,7 +69,7 @@ def test_a_search_judges_counts_crispness_and_diversity(emoji):
 def test_what_lacks_diversity_is_marked_down_by_the_share_it_lacks(emoji, monkeypatch):
     scores = torch.tensor([[1.2, 10.0], [0.8, 14.0]])
     assert search.worth(scores) == pytest.approx(1.0) == search.worth(scores, least_diversity=12.0)
-    assert search.worth(scores, least_diversity=15.0) == pytest.approx(1.0 - search.LACKING * 0.2)
+    assert search.worth(scores, least_diversity=15.0) == pytest.approx(0.4)
 
     def colder_is_better_and_more_alike(generator, prompts, sampler, detector):
         return torch.tensor([[1 - sampler.temperature / 10, 20 * sampler.temperature]] * len(prompts))
