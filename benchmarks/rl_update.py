@@ -13,23 +13,21 @@ relative distance of the two gradients. Published sizes have random weights and 
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from measure import CLOCKS, full_size, prompts_of, seconds
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from speedrl_lab.config import SamplerConfig, TrainConfig
-from speedrl_lab.generator import Cond, MaskedGenerator, StepInfo
+from speedrl_lab.generator import MaskedGenerator, StepInfo
 from speedrl_lab.generators import load_generator, resolve_device
-from speedrl_lab.generators.blank import blank_generator
 from speedrl_lab.learner import Learner
 from speedrl_lab.loss import RolloutLoss
 from speedrl_lab.objective import clipped_surrogate, kl_penalty
 from speedrl_lab.pace import head_for
-from speedrl_lab.prompts import load_prompts
 from speedrl_lab.sampler import policy_logits, sample
 from speedrl_lab.trajectory import Trajectory
 
@@ -104,7 +102,8 @@ def prepare(name: str, case: str, options: argparse.Namespace) -> tuple[Work, Ma
         num_groups=options.groups, group_size=options.group_size, micro_batch_size=options.micro_batch_size,
         kl_estimator=options.kl_estimator, seed=0, **CASES[case],
     )  # fmt: skip
-    generator, prompts = build(name, case, options)
+    tuned = "data/weights/speed_rl.safetensors" if case.endswith("tuned") else None
+    generator = load_generator(name, policy=tuned) if name == "emoji" else full_size(name)
     if config.sampler.schedule == "paced" and generator.pace is None:
         generator.pace = head_for("paced", 0).to(generator.device)
     reference = generator.copy()
@@ -117,50 +116,10 @@ def prepare(name: str, case: str, options: argparse.Namespace) -> tuple[Work, Ma
             if value.requires_grad:
                 noise = torch.randn(value.shape, generator=rng).to(value)
                 value.add_(noise * (0.01 * value.std() if value.numel() > 1 and value.std() > 0 else 1e-3))
-    chosen = [prompt for prompt in prompts[: options.groups] for _ in range(options.group_size)]
+    chosen = prompts_of(generator, options.groups * options.group_size, options.group_size)
     trajectory = replace(sample(generator, chosen, config.sampler), pace=None)  # the head is the same work for both
     advantage = torch.randn(len(chosen), generator=rng).to(generator.device)
     return Work(learner, config, chosen, trajectory, advantage, options.compiled), reference
-
-
-def build(name: str, case: str, options: argparse.Namespace) -> tuple[MaskedGenerator, list[str]]:
-    """A generator and prompts for it."""
-    if name not in NAMES:
-        tuned = "data/weights/speed_rl.safetensors" if case.endswith("tuned") else None
-        return load_generator(name, options.device, policy=tuned), load_prompts("train")
-    blank, device = blank_generator(name), resolve_device(options.device)
-    rng = torch.Generator(device).manual_seed(0)
-    generator = type(blank)(blank.spec, blank.policy.to_empty(device=device), blank.codec, None, blank.text_encoder)
-    with torch.no_grad():
-        for key, value in generator.policy.named_parameters():
-            scale = 1.0 if value.ndim == 1 and "norm" in key else 0.0
-            value.copy_(scale + 0.02 * torch.randn(value.shape, generator=rng, device=device))
-    generator.encode = made_up(generator.null(1), device)
-    generator.null = lambda count: generator.encode([""] * count)
-    return generator, [f"prompt {number}" for number in range(options.groups)]
-
-
-def made_up(shape: Cond, device: torch.device) -> Callable[[list[str]], Cond]:
-    """Encodings of prompts that have no tokenizer: random ones, the same for the same text."""
-
-    def encode(prompts: list[str]) -> Cond:
-        rows = []
-        for prompt in prompts:
-            rng = torch.Generator().manual_seed(sum(prompt.encode()))
-            rows.append({key: torch.randn(value.shape[1:], generator=rng) for key, value in shape.tensors.items()})
-        return Cond({key: torch.stack([row[key] for row in rows]).to(device) for key in shape.tensors})
-
-    return encode
-
-
-def seconds(work: Callable[[], None], device: torch.device) -> float:
-    """On a CPU those of the processor, which other work on the machine hardly changes; run it with one thread."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    began = clock()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - began
 
 
 def peak(work: Callable[[], None], device: torch.device) -> int:
@@ -205,7 +164,7 @@ def measure(name: str, case: str, options: argparse.Namespace) -> str:
     times = {key: [] for key in turns}
     for _ in range(options.repeats):
         for key, turn in turns.items():
-            times[key].append(seconds(turn, device))
+            times[key].append(seconds(turn, device, options.clock))
     rate = {key: len(work.prompts) / statistics.median(column) for key, column in times.items()}
     ratio = rate["ours"] / rate["plain"]
     steps = float(work.trajectory.steps.float().mean())
@@ -225,7 +184,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=32)
     parser.add_argument("--kl-estimator", default="exact")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--matmul-precision", choices=("highest", "medium"), default="highest")
     options = parser.parse_args()
@@ -233,8 +192,8 @@ def main() -> None:
         parser.error(f"--compiled: {options.generator} has no compiled form; expected emoji")
     torch.set_float32_matmul_precision(options.matmul_precision)
     size = f"{options.groups} x {options.group_size} samples, micro-batches of {options.micro_batch_size}"
-    facts = f"{options.matmul_precision} products, {size}, median of {options.repeats}"
-    print(f"{resolve_device(options.device)}, {torch.get_num_threads()} threads, {facts}\n")
+    facts = f"{options.clock} time, {options.matmul_precision} products, {size}, median of {options.repeats}"
+    print(f"{resolve_device('auto')}, {torch.get_num_threads()} threads, {facts}\n")
     print("| case | steps | ours, images/s | plain, images/s | ratio | ours, MiB | plain, MiB | ratio | gradient |")
     print("|---|---|---|---|---|---|---|---|---|")
     for case in options.case:

@@ -108,17 +108,19 @@ def read_policies(entries: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def base_contenders(base: MaskedGenerator, budgets: Sequence[int], usual: bool = True) -> list[Contender]:
-    """The base at its best for each number of passes, up to twice the largest budget.
+    """The base at its best for each number of passes that it was searched at, up to twice the largest budget.
 
-    And, with `usual`, as such models are usually sampled: confidence order, guidance 3, as many steps as
-    the largest budget. Raises ValueError for a number of passes that was never searched.
+    It is what others are measured by, so that its curve is the finer one. And, with `usual`, as such models are
+    usually sampled: confidence order, guidance 3, as many steps as the largest budget. Raises ValueError for a budget,
+    or twice the largest, that was never searched.
     """
     known = load_base_samplers_by_passes()
-    wanted = sorted({*budgets, 2 * max(budgets)})
-    if missing := sorted(set(wanted) - known.keys()):
+    wanted = {*budgets, 2 * max(budgets)}
+    if missing := sorted(wanted - known.keys()):
         raise ValueError(f"the base was not searched at {missing} passes; known: {sorted(known)}")
     most = max(budgets)
-    found = [Contender(BASE, [base], {budget: known[budget] for budget in wanted})]
+    finer = sorted(passes for passes in known if min(budgets) <= passes <= 2 * most)
+    found = [Contender(BASE, [base], {budget: known[budget] for budget in finer})]
     if usual:
         found.append(Contender(USUAL, [base], {most: usual_sampler(most)}))
     return found

@@ -141,7 +141,7 @@ def test_the_usual_bases_diversity_is_looked_at_once(tokenizer, counted):
 
 def test_the_base_stands_there_at_its_best_and_as_usual(emoji):
     base, usual = contenders.base_contenders(emoji, [1, 2, 4])
-    assert list(base.samplers) == [1, 2, 4, 8] and list(usual.samplers) == [4]
+    assert list(base.samplers) == [1, 2, 3, 4, 5, 6, 8] and list(usual.samplers) == [4]
     assert usual.samplers[4] == SamplerConfig(steps=4, order="confidence", guidance_scale=3.0)
     assert len(contenders.base_contenders(emoji, [1], usual=False)) == 1
     with pytest.raises(ValueError, match=r"not searched at \[7, 14\] passes; known: \[1, 2"):
