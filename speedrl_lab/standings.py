@@ -56,18 +56,17 @@ def standings(table: pd.DataFrame, ours: Sequence[str], judges: Sequence[str] = 
 
 
 def best_keeping(table: pd.DataFrame, least_diversity: float, judge: str = "accuracy2") -> pd.DataFrame:
-    """Who is best at each whole number of passes among points of at least so much diversity, from `frontier`'s table.
+    """Points of at least so much diversity that are better than all that cost no more, from `frontier`'s table.
 
-    Points are placed as in `standings`. Columns: passes, model, forwards, the judge with its low and high, and
-    diversity; numbers of passes at which nobody keeps it are left out.
+    In order of cost; what is dearer than another point and not better is left out. Columns: model, forwards, the judge
+    with its low and high, and diversity.
     """
-    allowed = whole_passes(table)
     sign = -1 if judge in SET_METRICS else 1
-    columns = ["passes", "model", "forwards", judge, f"{judge}_low", f"{judge}_high", "diversity"]
-    place = np.searchsorted(allowed, table.forwards - SLACK)
-    kept = table.assign(passes=allowed[place].astype(int), worth=sign * table[judge])
-    kept = kept[kept.diversity >= least_diversity].sort_values("worth", ascending=False, kind="stable")
-    return kept.drop_duplicates("passes").sort_values("passes")[columns].reset_index(drop=True)
+    kept = table.assign(worth=sign * table[judge])[table.diversity >= least_diversity]
+    kept = kept.sort_values(["forwards", "worth"], ascending=[True, False], kind="stable")
+    kept = kept[kept.worth > kept.worth.cummax().shift(fill_value=-np.inf)]
+    columns = ["model", "forwards", judge, f"{judge}_low", f"{judge}_high", "diversity"]
+    return kept[columns].reset_index(drop=True)
 
 
 def whole_passes(table: pd.DataFrame) -> np.ndarray:
