@@ -3,7 +3,6 @@
 import socket
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -155,8 +154,6 @@ def offline(monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def benchmark():
     """benchmarks/rl_update.py, whose plain replay is the slow way, and which counts memory."""
-    path = Path(__file__).parent.parent / "benchmarks" / "rl_update.py"
-    spec = spec_from_file_location("rl_update", path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    import rl_update
+
+    return rl_update
