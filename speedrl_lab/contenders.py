@@ -47,6 +47,8 @@ UNGUIDED = (
 """What everyone may be sampled with, the base as well."""
 NOISY = tuple({"start_noise": 0.4, "temperature": temperature} for temperature in TEMPERATURES[:3])
 """Di[M]O's start (arXiv 2503.15457), for policies that have learned it."""
+HOTTER = (*HOT_STARTS, *({"first_temperature": 4.0, "temperature": temperature} for temperature in (0.8, 0.6)))
+"""The same for policies that revise: they mend what a hot start got wrong, and may have been trained so."""
 REVISING = tuple(
     replace(kind, revise=True, **heat)
     for kind in (
@@ -54,7 +56,7 @@ REVISING = tuple(
         SamplerConfig(schedule="power", power=1.5),
         SamplerConfig(schedule="power", power=2.0),
     )
-    for heat in (*({"temperature": temperature} for temperature in TEMPERATURES[:3]), *HOT_STARTS)
+    for heat in (*({"temperature": temperature} for temperature in TEMPERATURES[:3]), *HOTTER)
 )
 """What a policy may be sampled with that has learned to draw anew what is drawn: it always does."""
 CANDIDATES = (
@@ -216,7 +218,7 @@ def own_pool(kind: str, steps: int, revises: bool = False) -> list[SamplerConfig
     each = [replace(ours, greedy_pace=greedy) for greedy in (True, False)]
     if kind == "adaptive":
         return each  # chooses temperatures itself
-    starts = HOT_STARTS if revises else (*HOT_STARTS, *NOISY)
+    starts = HOTTER if revises else (*HOT_STARTS, *NOISY)
     plain = [replace(sampler, temperature=temperature) for sampler in each for temperature in TEMPERATURES]
     return plain + [replace(sampler, **start) for sampler in each for start in starts]
 
