@@ -47,8 +47,11 @@ UNGUIDED = (
 """What everyone may be sampled with, the base as well."""
 NOISY = tuple({"start_noise": 0.4, "temperature": temperature} for temperature in TEMPERATURES[:3])
 """Di[M]O's start (arXiv 2503.15457), for policies that have learned it."""
-HOTTER = (*HOT_STARTS, *({"first_temperature": 4.0, "temperature": temperature} for temperature in (0.8, 0.6)))
-"""The same for policies that revise: they mend what a hot start got wrong, and may have been trained so."""
+HOTTER = tuple(
+    {"first_temperature": first, "temperature": temperature}
+    for first in (2.0, 2.5, 3.0, 3.5, 4.0) for temperature in (0.8, 0.6)
+)  # fmt: skip
+"""More of the same for policies that revise: they mend what a hot start got wrong, and may have been trained so."""
 REVISING = tuple(
     replace(kind, revise=True, **heat)
     for kind in (
