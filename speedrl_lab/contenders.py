@@ -210,8 +210,8 @@ def head_kind(generator: MaskedGenerator) -> str:
 
 def fixed_pool(passes: int, revises: bool = False) -> list[SamplerConfig]:
     """Settings that cost so many passes, for a policy that `revises` or for one that cannot."""
-    if passes == 1:
-        return with_passes(ONE_STEP, passes)  # nothing is there to revise
+    if passes == 1:  # nothing is there to revise, and who revises was never shown a start of random codes
+        return [sampler for sampler in with_passes(ONE_STEP, passes) if not (revises and sampler.start_noise)]
     return with_passes(REVISING if revises else CANDIDATES, passes)
 
 
