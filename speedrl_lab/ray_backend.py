@@ -65,10 +65,18 @@ def run(jobs: Sequence[Job], workers: int | None, cpus: int, gpus: float, cores:
                     job, began = running.pop(reference)
                     yield _ended(job, reference, time.monotonic() - began)
         finally:
-            for reference in running:
-                ray.cancel(reference)  # a KeyboardInterrupt to `attempt`, which ends its process
-            if running:
-                ray.wait(list(running), num_returns=len(running), timeout=2 * PATIENCE)
+            _cancel(list(running))
+
+
+def _cancel(left: list[object]) -> None:
+    """An interrupt to each `attempt`, which ends its process; again while any is left, since one may be lost."""
+    import ray
+
+    deadline = time.monotonic() + 2 * PATIENCE
+    while left and time.monotonic() < deadline:
+        for reference in left:
+            ray.cancel(reference)
+        _, left = ray.wait(left, num_returns=len(left), timeout=2.0)
 
 
 @contextmanager

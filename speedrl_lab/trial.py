@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -70,22 +71,34 @@ def start(job: Job) -> subprocess.Popen:
 
 
 def attempt(job: Job) -> tuple[int, float]:
-    """Execute a trial here; exit status and seconds. What a lost attempt goes on to finish is not done again.
+    """Execute a trial in the main thread; exit status and seconds. What a lost attempt finishes is not done again.
 
-    An interrupt ends the process; Ray's reaches Python between two looks, but never inside a wait of the system.
+    An interrupt ends the process. It is noted when it comes and acted upon between two looks, so that none is lost
+    between a process's start and the place that ends it, or comes while it is being ended.
     """
-    began = time.monotonic()
-    while is_running(job.folder):
-        time.sleep(PAUSE)
-    if finished(job.folder / job.file):
-        return 0, time.monotonic() - began
-    process = start(job)
+    asked: list[int] = []
+    usual = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
     try:
-        while process.poll() is None:
-            time.sleep(PAUSE)
-        return process.returncode, time.monotonic() - began
+        began = time.monotonic()
+        while is_running(job.folder):
+            _pause(asked)
+        if finished(job.folder / job.file):
+            return 0, time.monotonic() - began
+        process = start(job)
+        try:
+            while process.poll() is None:
+                _pause(asked)
+            return process.returncode, time.monotonic() - began
+        finally:
+            stop([process])
     finally:
-        stop([process])
+        signal.signal(signal.SIGINT, usual)
+
+
+def _pause(asked: list[int]) -> None:
+    time.sleep(PAUSE)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def is_running(folder: Path) -> bool:
