@@ -104,6 +104,7 @@ def prepare(name: str, case: str, options: argparse.Namespace) -> tuple[Work, Ma
     )  # fmt: skip
     tuned = "data/weights/speed_rl.safetensors" if case.endswith("tuned") else None
     generator = load_generator(name, policy=tuned) if name == "emoji" else full_size(name)
+    generator.policy.float()  # gradients are compared
     if config.sampler.schedule == "paced" and generator.pace is None:
         generator.pace = head_for("paced", 0).to(generator.device)
     reference = generator.copy()

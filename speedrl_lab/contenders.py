@@ -36,10 +36,12 @@ KINDS = (
     SamplerConfig(schedule="power", power=2.0),
 )
 TEMPERATURES = (1.0, 0.8, 0.6, 1.2)
-HOT_STARTS = tuple(
-    {"first_temperature": first, "temperature": temperature} for first in (2.0, 3.0) for temperature in (0.8, 0.6)
+HOT_STARTS, HOTTER = (
+    tuple({"first_temperature": first, "temperature": temperature} for first in firsts for temperature in (0.8, 0.6))
+    for firsts in ((2.0, 3.0), (2.0, 2.5, 3.0, 3.5, 4.0))
 )
-"""Settings under which samples of a prompt part in their first step and keep to the likely afterwards."""
+"""Settings under which samples of a prompt part in their first step and keep to the likely afterwards. More of them for
+policies that revise: they mend what a hot start got wrong, and may have been trained so."""
 UNGUIDED = (
     *(replace(kind, temperature=temperature) for kind in KINDS for temperature in TEMPERATURES),
     *(replace(kind, **hot) for kind in KINDS[2:] for hot in HOT_STARTS),
@@ -47,11 +49,6 @@ UNGUIDED = (
 """What everyone may be sampled with, the base as well."""
 NOISY = tuple({"start_noise": 0.4, "temperature": temperature} for temperature in TEMPERATURES[:3])
 """Di[M]O's start (arXiv 2503.15457), for policies that have learned it."""
-HOTTER = tuple(
-    {"first_temperature": first, "temperature": temperature}
-    for first in (2.0, 2.5, 3.0, 3.5, 4.0) for temperature in (0.8, 0.6)
-)  # fmt: skip
-"""More of the same for policies that revise: they mend what a hot start got wrong, and may have been trained so."""
 REVISING = tuple(
     replace(kind, revise=True, **heat)
     for kind in (
@@ -68,8 +65,9 @@ CANDIDATES = (
     *(replace(kind, guidance_scale=2.0) for kind in (KINDS[0], KINDS[2])),
 )
 """What any other tuned policy may be sampled with."""
-ONE_STEP = tuple(SamplerConfig(temperature=t, start_noise=share) for share in (0.0, 0.4) for t in TEMPERATURES[:3])
-"""The same for a single pass, where order and schedule change nothing."""
+ONE_STEP = tuple(SamplerConfig(temperature=temperature) for temperature in TEMPERATURES[:3])
+NOISY_STEP = tuple(SamplerConfig(**noisy) for noisy in NOISY)
+"""The same for a single pass, where order and schedule change nothing: from masks, and from Di[M]O's start."""
 FOLDER, COLUMNS = "search", ["quality", "diversity"]
 SEARCHING = [*CODE, *cache.sources("search")]
 """The code that decides what a search sees, for the key under which it is kept."""
@@ -211,7 +209,7 @@ def head_kind(generator: MaskedGenerator) -> str:
 def fixed_pool(passes: int, revises: bool = False) -> list[SamplerConfig]:
     """Settings that cost so many passes, for a policy that `revises` or for one that cannot."""
     if passes == 1:  # nothing is there to revise, and who revises was never shown a start of random codes
-        return [sampler for sampler in with_passes(ONE_STEP, passes) if not (revises and sampler.start_noise)]
+        return with_passes(ONE_STEP if revises else (*ONE_STEP, *NOISY_STEP), passes)
     return with_passes(REVISING if revises else CANDIDATES, passes)
 
 

@@ -15,6 +15,7 @@ blocks through `self.run_block`, and ends with `code_logits(head, hidden, rows)`
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from pathlib import Path
@@ -36,7 +37,7 @@ ENCODE_BATCH = 64  # prompts at once through the text encoder
 DECODE_BATCH = 8  # pictures at once through the codec
 
 
-class PublishedGenerator:
+class PublishedGenerator(ABC):
     """A published text-to-image model behind the generator contract; a subclass adds `logits`."""
 
     family: str
@@ -118,9 +119,9 @@ class PublishedGenerator:
 
     # --- for a family's `logits`
 
+    @abstractmethod
     def logits(self, tokens: Tensor, cond: Cond, step: StepInfo, rows: Tensor | None = None) -> Tensor:
         """float32 (B, N, V), or (len(rows), V) at flat indices into B*N."""
-        raise NotImplementedError
 
     def picture(self, tokens: Tensor) -> Tensor:
         """Tokens (B, N) as rows and columns (B, h, w)."""
