@@ -24,7 +24,7 @@ from speedrl_lab.generators import load_generator
 from speedrl_lab.rewards.embedded import load_detector
 from speedrl_lab.runs import outputs_root
 from speedrl_lab.sampler import sample
-from speedrl_lab.search import Scores, best_samplers, load_base_samplers_by_passes, prompt_scores, with_passes
+from speedrl_lab.search import MANY, Scores, best_samplers, load_base_samplers_by_passes, prompt_scores, with_passes
 
 BASE, USUAL = "base", "base, usual"
 OWN_PACE = "{}, own pace"
@@ -136,7 +136,7 @@ def usual_sampler(steps: int) -> SamplerConfig:
 
 def usual_diversity(base: MaskedGenerator, prompts: Sequence[str], steps: int) -> float:
     """Mean diversity of the usual base on `prompts`; kept like a search."""
-    return float(kept_scores(base)(list(dict.fromkeys(prompts)), usual_sampler(steps))[:, 1].mean())
+    return float(kept_scores(base)(list(dict.fromkeys(prompts)), usual_sampler(steps), MANY)[:, 1].mean())
 
 
 def tuned_contenders(
@@ -231,10 +231,10 @@ def kept_scores(generator: MaskedGenerator) -> Scores:
         generator, detector, SEARCHING, torch.__version__, torch.get_float32_matmul_precision(), generator.device.type
     )
 
-    def scores(prompts: Sequence[str], sampler: SamplerConfig) -> Tensor:
-        key = cache.fingerprint(shared, list(prompts), sampler)
+    def scores(prompts: Sequence[str], sampler: SamplerConfig, samples: int) -> Tensor:
+        key = cache.fingerprint(shared, list(prompts), sampler, samples)
         if (table := cache.load(FOLDER, key, COLUMNS, len(prompts))) is None:
-            found = prompt_scores(generator, prompts, sampler, detector)
+            found = prompt_scores(generator, prompts, sampler, samples, detector)
             table = pd.DataFrame(found.double().numpy(), columns=COLUMNS)
             cache.store(FOLDER, key, table)
         return torch.tensor(table.to_numpy())

@@ -24,7 +24,7 @@ def counted(monkeypatch):
     """What the search looked at: a `prompt_scores` that likes low temperatures and few steps."""
     seen = []
 
-    def scores(generator, prompts, sampler, detector):
+    def scores(generator, prompts, sampler, samples, detector):
         seen.append(sampler)
         return torch.tensor([[-sampler.temperature - sampler.steps / 100, 10.0]] * len(prompts))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from speedrl_lab import compositor, scenes
 from speedrl_lab.networks import Tokenizer
 from speedrl_lab.rewards import NAMES, build_rewards
-from speedrl_lab.rewards.embedded import load_clip, load_referee
+from speedrl_lab.rewards.embedded import REAL_SCENES, load_clip, load_referee
 from speedrl_lab.rewards.speed import speed_reward
 from speedrl_lab.trajectory import Trajectory
 
@@ -107,6 +107,35 @@ def test_variety_earns_nothing_by_noise(dogs):
     assert alone.isnan().all()  # nothing to compare with
 
 
+def test_balance_is_variety_less_the_distance_to_real_scenes(dogs):
+    prompts = ["a dog on a red background"] * 4
+    rewards = build_rewards(["variety", "balance"])
+    scores, variety = (rewards[name](dogs, prompts, NOTHING) for name in ("balance", "variety"))
+    referee, scene = load_referee("cpu"), scenes.parse_caption(prompts[0])
+    drawn = scenes.draw_layouts([scene] * 512, torch.Generator().manual_seed(2))  # other real scenes than the reward's
+    real = referee.features(compositor.paint(drawn)).detach()
+    for row in range(3):
+        distances = (real - referee.features(dogs[row : row + 1]).detach()).norm(dim=1)
+        standard_error = float(distances.std()) / REAL_SCENES**0.5
+        assert abs(float(variety[row] - scores[row]) - float(distances.mean())) < 4 * standard_error
+    assert scores[3].isnan()  # a cat has no say
+
+
+def test_balance_is_zero_for_real_scenes_and_wants_what_is_missing():
+    prompt, rng = "a dog", torch.Generator().manual_seed(3)
+    layouts = scenes.draw_layouts([scenes.parse_caption(prompt)] * 96, rng)
+    balance = build_rewards(["balance"])["balance"]
+    as_real = balance(compositor.paint(layouts), [prompt] * 96, NOTHING)
+    assert abs(float(as_real.nanmean())) < 1.0  # distances are about 18
+    layouts.sizes[:] = compositor.SMALL  # but for eight of them; both sizes fit at the border
+    layouts.sizes[:8], layouts.tops[:, 0], layouts.lefts[:, 0] = compositor.LARGE, 0, 0
+    layouts.backgrounds[:] = 2
+    layouts.styles[:, 0] = torch.arange(96) % 3
+    scores = balance(compositor.paint(layouts), [prompt] * 96, NOTHING)
+    assert float(scores[:8].nanmean()) > float(scores[8:].nanmean()) + 2
+    assert float(scores.nanmean()) < -2  # a set that is poorer than real ones has much to gain
+
+
 def test_speed_is_minus_the_share_of_the_longest_unmasking():
     trajectory = recorded(torch.zeros(3, 64, dtype=torch.int64), torch.tensor([1, 8, 32]))
     trajectory = replace(trajectory, forwards=torch.tensor([1, 16, 64]))  # guidance: passes are what costs
@@ -132,7 +161,7 @@ def test_coherence_tells_scenes_from_confetti(real, tokenizer: Tokenizer):
 
 def test_rewards_come_in_the_order_of_their_names():
     assert list(build_rewards(["speed", "clip"])) == ["speed", "clip"]
-    assert set(NAMES) == {"clip", "coherence", "novelty", "variety", "verified", "detector", "speed", "geneval"}
+    assert set(NAMES) == {"clip", "coherence", "novelty", "variety", "balance", "verified", "detector", "speed", "geneval"}
 
 
 def test_unknown_rewards_name_the_nearest():

@@ -18,8 +18,8 @@ GUIDANCE = [SamplerConfig(guidance_scale=scale) for scale in (1.0, 2.0, 3.0)]
 def preferring(wanted, calls):
     """A `prompt_scores` that gives `wanted(sampler)`, and 1 for diversity, on every prompt and notes its calls."""
 
-    def scores(generator, prompts, sampler, detector):
-        calls.append((sampler, tuple(prompts)))
+    def scores(generator, prompts, sampler, samples, detector):
+        calls.append((sampler, tuple(prompts), samples))
         return torch.tensor([[float(wanted(sampler)), 1.0]] * len(prompts))
 
     return scores
@@ -52,14 +52,13 @@ def test_a_large_pool_is_screened_and_shared_samplers_are_drawn_once(emoji, monk
     best = search.best_samplers(emoji, [*PROMPTS, PROMPTS[0]], {"all": pool, "few": pool[2:5]})
     assert best == {"all": pool[3], "few": pool[3]}
     assert len(calls) == len(set(calls)) == 8 + search.FINALISTS
-    drawn = [prompt for sampler, prompts in calls for prompt in prompts if sampler == pool[3]]
-    assert sorted(drawn) == sorted(PROMPTS)  # the finalists saw every prompt, once
-    assert {prompts for _, prompts in calls[:8]} == {tuple(PROMPTS[::3])}
+    assert {(prompts, samples) for _, prompts, samples in calls[:8]} == {(tuple(PROMPTS[::3]), search.FEW)}
+    assert {(prompts, samples) for _, prompts, samples in calls[8:]} == {(tuple(PROMPTS), search.MANY)}
 
 
 def test_a_search_judges_counts_crispness_and_diversity(emoji):
     detector = search.load_detector(emoji.device)
-    scores = search.prompt_scores(emoji, PROMPTS[:3], SamplerConfig(steps=2), detector)
+    scores = search.prompt_scores(emoji, PROMPTS[:3], SamplerConfig(steps=2), 2, detector)
     frame = score_samples({"base": emoji}, PROMPTS[:3], [2], 1)
     frame["quality"] = frame.accuracy + frame.psnr / 100
     expected = frame.groupby("prompt", sort=False)[["quality", "diversity"]].mean()
@@ -71,7 +70,7 @@ def test_what_lacks_diversity_is_marked_down_by_the_share_it_lacks(emoji, monkey
     assert search.worth(scores) == pytest.approx(1.0) == search.worth(scores, least_diversity=12.0)
     assert search.worth(scores, least_diversity=15.0) == pytest.approx(0.4)
 
-    def colder_is_better_and_more_alike(generator, prompts, sampler, detector):
+    def colder_is_better_and_more_alike(generator, prompts, sampler, samples, detector):
         return torch.tensor([[1 - sampler.temperature / 10, 20 * sampler.temperature]] * len(prompts))
 
     monkeypatch.setattr(search, "prompt_scores", colder_is_better_and_more_alike)

@@ -5,7 +5,7 @@ a colon, and a device of its own, after an @:
 
 | name                          | weights                                                    |
 | ----------------------------- | ---------------------------------------------------------- |
-| clip, coherence, novelty, variety, verified, detector, speed | those of EmojiScenes, in the package |
+| clip, coherence, novelty, variety, balance, verified, detector, speed | those of EmojiScenes, in the package |
 | geneval[:<file>]              | the same detector; GenEval metadata of a prompt file       |
 | open_clip[:<model>:<weights>] | any open_clip model; a file or a tag of the hub's cache    |
 | hpsv2.1[:<file>]              | HPS_v2.1_compressed.pt                                     |
@@ -47,6 +47,7 @@ EMBEDDED = {
     "coherence": "generator.safetensors",
     "novelty": "clip.safetensors",
     "variety": "referee.safetensors",
+    "balance": "referee.safetensors",
     "verified": "referee.safetensors",
     "detector": "detector.safetensors",
     "speed": "",
@@ -96,6 +97,8 @@ def _embedded(name: str, device: torch.device | str) -> Reward:
             reward = embedded.novelty_reward(device)
         case "variety":
             reward = embedded.variety_reward(device)
+        case "balance":
+            reward = embedded.balance_reward(device)
         case "verified":
             reward = embedded.verified_reward(device)
         case "detector":

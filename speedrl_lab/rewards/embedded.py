@@ -1,12 +1,13 @@
-"""Rewards of EmojiScenes: small CLIP, coherence under the base generator, referee, novelty, variety, exact detector."""
+"""Rewards of EmojiScenes: small CLIP, coherence under the base, referee, novelty, variety, balance, exact detector."""
 
 from collections.abc import Sequence
 from functools import lru_cache
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from speedrl_lab import judges, scenes
+from speedrl_lab import compositor, judges, scenes
 from speedrl_lab.generators.emoji import WEIGHTS, EmojiGenerator, load_emoji
 from speedrl_lab.networks import Detector, SmallClip
 from speedrl_lab.rewards import Reward
@@ -15,6 +16,8 @@ from speedrl_lab.weights import load_weights
 
 WORST_TOKEN = -6.0
 """Log-probabilities below this count as this much: one absurd token is one mistake."""
+REAL_SCENES = 32
+"""Real scenes of each caption that `balance` compares with."""
 
 
 @lru_cache(maxsize=2)
@@ -90,16 +93,47 @@ def variety_reward(device: torch.device | str = "cpu") -> Reward:
     Every picture stands for its nearest valid scene, painted anew, so that noise, blur and wrong objects earn
     nothing; distances are in features of the referee. NaN, no say, for pictures that the referee calls wrong and
     where no second one is right: being right is for other rewards, this one chooses among those that are.
+    Nothing says when it is enough: samples part towards the extremes of the features (`balance`).
     """
     referee = load_referee(device)
 
     @torch.no_grad()
     def reward(images: Tensor, prompts: Sequence[str], trajectory: Trajectory) -> Tensor:
-        right = torch.stack(list(judges.verdict(referee, images, prompts).values())).all(0).to(images.device)
-        painted = judges.nearest_scene(images, prompts).paint(prompts).to(images.device)
-        return distance_to_others(referee.features(painted), prompts, right)
+        features, right = _right_scenes(referee, images, prompts)
+        return distance_to_others(features, prompts, right)
 
     return reward
+
+
+def balance_reward(device: torch.device | str = "cpu") -> Reward:
+    """`variety` less the mean distance to real scenes of the caption: as many of each style, size, place as in reality.
+
+    It is the slope of the energy distance between samples and real scenes (Szekely and Rizzo 2013): a sample earns by
+    standing where real scenes are dense and the other samples of its prompt are not, and nothing is to be gained once
+    they are distributed alike. NaN as in `variety`.
+    """
+    referee = load_referee(device)
+
+    @lru_cache(maxsize=4096)
+    def real(prompt: str) -> Tensor:
+        rng = torch.Generator().manual_seed(crc32(prompt.encode()))  # others for each caption: errors average out
+        drawn = compositor.paint(scenes.draw_layouts([scenes.parse_caption(prompt)] * REAL_SCENES, rng))
+        return referee.features(drawn.to(device))  # (REAL_SCENES, F)
+
+    @torch.no_grad()
+    def reward(images: Tensor, prompts: Sequence[str], trajectory: Trajectory) -> Tensor:
+        features, right = _right_scenes(referee, images, prompts)
+        to_real = [torch.cdist(row[None], real(prompt)).mean() for row, prompt in zip(features, prompts, strict=True)]
+        return distance_to_others(features, prompts, right) - torch.stack(to_real)
+
+    return reward
+
+
+def _right_scenes(referee: Detector, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The referee's features (B, F) of each picture's nearest valid scene, and whether it calls the picture right."""
+    right = torch.stack(list(judges.verdict(referee, images, prompts).values())).all(0).to(images.device)
+    painted = judges.nearest_scene(images, prompts).paint(prompts).to(images.device)
+    return referee.features(painted), right
 
 
 def distance_to_others(features: Tensor, prompts: Sequence[str], counted: Tensor | None = None) -> Tensor:
