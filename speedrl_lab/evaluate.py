@@ -14,7 +14,8 @@ The judges are those of EmojiScenes:
 | `style_entropy`, `size_entropy`, `position_entropy`, `background_entropy` | whether a prompt's two samples \
 differ in what the caption leaves open (nats, nearest valid scenes; real scenes: `judge_real`); NaN where it does not \
 | whether they are right |
-| `kid`, `fd` | set: distance to real scenes in the first detector's last features | captions, noise, stray patches |
+| `kid`, `fd` | set: distance to real scenes of the same captions in the first detector's last features | noise, \
+stray patches |
 | `kid2`, `fd2` | set: the same by the second detector, with which no model or sampler is chosen | the same |
 | `kid_surface`, `fd_surface` | set: in the second detector's first features: texture | captions, objects |
 
@@ -29,6 +30,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -38,7 +40,7 @@ from tqdm.auto import tqdm
 from speedrl_lab import cache as kept
 from speedrl_lab import compositor, judges, noise, scenes
 from speedrl_lab.config import SamplerConfig
-from speedrl_lab.distances import DetectorFeatures, SurfaceFeatures, frechet_distance, kid
+from speedrl_lab.distances import DetectorFeatures, SurfaceFeatures, frechet_distance, kid, read
 from speedrl_lab.generator import MaskedGenerator, can_revise
 from speedrl_lab.intervals import COSTS, METRICS, SET_METRICS
 from speedrl_lab.intervals import frontier as frontier
@@ -50,6 +52,8 @@ from speedrl_lab.sampler import sample
 
 SAMPLES_PER_PROMPT = 2
 """Two samples of each prompt and seed: the fewest that show diversity."""
+REAL_PER_PROMPT = 8
+"""Real scenes of each prompt that judges of sets compare with."""
 FOLDER = "evaluation"
 BATCH_SIZE = 128
 Samplers = Mapping[str, SamplerConfig | Mapping[int, SamplerConfig]]
@@ -73,6 +77,14 @@ class Jury:
     clip: SmallClip
 
 
+@dataclass(frozen=True)
+class References:
+    """Real scenes to compare sets with: the prompt of each, and features (B, F) by the end of a judge's name."""
+
+    prompts: list[str]
+    features: dict[str, torch.Tensor]
+
+
 def load_jury(device: torch.device | str = "cpu") -> Jury:
     """The committed judges."""
     return Jury(load_detector(device), judges.load_second_detector(device), load_clip(device))
@@ -92,7 +104,7 @@ def score_samples(
     numbers them. `samplers` gives a model's settings, one for all budgets (its `steps` becomes the budget)
     or one a budget, taken as it is, so that a budget may also count passes; models without an entry take
     Halton order, cosine schedule, no guidance, and revise where they have learned to. `sample` numbers the
-    samples of a prompt. Judges of sets compare the set of a seed with as many real scenes of the same kinds.
+    samples of a prompt. Judges of sets compare the set of a seed with real scenes of the same prompts.
 
     With `cache`, the scores of each model, budget and seed are kept in outputs/cache/evaluation under the
     hash of all that they depend on (see `set_key`), and are read instead of measured where they are known:
@@ -168,7 +180,7 @@ def score_set(
 ) -> pd.DataFrame:
     """Costs and judges of one set of samples, one row an image: the columns SCORES."""
     images, costs = draw_pictures(generator, prompts, sampler, seed)
-    scores = judge(images, prompts, real_pictures(prompts, seed), jury)
+    scores = judge(images, prompts, references(tuple(prompts), seed, jury), jury)
     table = pd.DataFrame({**costs, **scores})
     return pd.DataFrame({name: table[name].tolist() for name in SCORES})  # plain values, as a cached one holds
 
@@ -230,7 +242,7 @@ def draw_pictures(
 
 @torch.no_grad()
 def judge(
-    images: torch.Tensor, prompts: Sequence[str], real: torch.Tensor, jury: Jury
+    images: torch.Tensor, prompts: Sequence[str], real: References, jury: Jury
 ) -> dict[str, np.ndarray | float | list]:
     """All judges on images (B, 3, 32, 32) in [0, 1], SAMPLES_PER_PROMPT of each prompt in a row."""
     device = next(jury.detector.parameters()).device
@@ -251,21 +263,27 @@ def judge(
         verdict = judges.verdict(detector, moved, prompts)
         for name, answer in (("accuracy", "counts"), ("color", "color"), ("relation", "relation")):
             scores[name + end] = verdict[answer].float().numpy()
-    subset, first, second = min(100, len(images) // 2), jury.detector, jury.second
-    for features, end in (
-        (DetectorFeatures(first), ""),
-        (DetectorFeatures(second), "2"),
-        (SurfaceFeatures(second), "_surface"),
-    ):
-        scores["kid" + end] = kid(features, real.to(device), moved, subset, subsets=20, seed=0)[0]
-        scores["fd" + end] = frechet_distance(features, real.to(device), moved)
+    for end, features in _features(jury).items():
+        seen = read(features, moved)
+        scores["kid" + end] = kid(real.features[end], seen, real.prompts, prompts)
+        scores["fd" + end] = frechet_distance(real.features[end], seen)
     return scores
 
 
-def real_pictures(prompts: Sequence[str], seed: int) -> torch.Tensor:
-    """Real scenes of the same kinds as the prompts but other content, (B, 3, 32, 32)."""
+def _features(jury: Jury) -> dict[str, DetectorFeatures | SurfaceFeatures]:
+    """What judges of sets look at, by the end of their names."""
+    first, second = jury.detector, jury.second
+    return {"": DetectorFeatures(first), "2": DetectorFeatures(second), "_surface": SurfaceFeatures(second)}
+
+
+@lru_cache(maxsize=8)
+def references(prompts: tuple[str, ...], seed: int, jury: Jury) -> References:
+    """REAL_PER_PROMPT real scenes of each different prompt, as the judges of sets see them."""
+    repeated = [prompt for prompt in dict.fromkeys(prompts) for _ in range(REAL_PER_PROMPT)]
     rng = torch.Generator().manual_seed(seed)
-    return compositor.paint(scenes.draw_layouts(scenes.draw_like(prompts, rng), rng))
+    images = compositor.paint(scenes.draw_layouts([scenes.parse_caption(prompt) for prompt in repeated], rng))
+    images = images.to(next(jury.detector.parameters()).device)
+    return References(repeated, {end: read(features, images) for end, features in _features(jury).items()})
 
 
 def judge_real(prompts: Sequence[str], seed: int = 0, reconstruct: MaskedGenerator | None = None) -> pd.Series:
@@ -275,7 +293,8 @@ def judge_real(prompts: Sequence[str], seed: int = 0, reconstruct: MaskedGenerat
     images = compositor.paint(scenes.draw_layouts([scenes.parse_caption(prompt) for prompt in repeated], rng))
     if reconstruct is not None:
         images = reconstruct.decode(reconstruct.tokenize(images)).cpu()
-    scores = judge(images, repeated, real_pictures(repeated, seed), load_jury())
+    jury = load_jury()
+    scores = judge(images, repeated, references(tuple(repeated), seed, jury), jury)
     return pd.DataFrame(scores)[[*METRICS, *SET_METRICS]].mean()
 
 

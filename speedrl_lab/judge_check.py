@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from speedrl_lab import compositor, scenes
 from speedrl_lab.compositor import IMAGE_SIZE, STYLES, Layout
-from speedrl_lab.evaluate import SAMPLES_PER_PROMPT, Jury, judge
+from speedrl_lab.evaluate import SAMPLES_PER_PROMPT, Jury, judge, references
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.intervals import SET_METRICS
 from speedrl_lab.scenes import COLORS, OBJECTS, Scene
@@ -186,11 +186,9 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def _scores(sample: Sample, images: Tensor, jury: Jury, seed: int) -> pd.DataFrame:
-    """All judges on the images; sets are compared with scenes of the same kinds."""
+    """All judges on the images; sets are compared with other real scenes of the same captions."""
     captions = [scene.caption for scene in sample.scenes]
-    rng = torch.Generator().manual_seed(seed)
-    real = compositor.paint(scenes.draw_layouts(scenes.draw_like(captions, rng), rng))
-    return pd.DataFrame(judge(images, captions, real, jury))
+    return pd.DataFrame(judge(images, captions, references(tuple(captions), seed, jury), jury))
 
 
 def check_judges(generator: MaskedGenerator, jury: Jury, sets: int = 8, captions: int = 48) -> pd.DataFrame:

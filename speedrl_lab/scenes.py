@@ -271,17 +271,3 @@ def wanted_counts(captions: Sequence[str]) -> Tensor:
         for name, count in parse_caption(caption).counts.items():
             counts[row, OBJECTS.index(name)] = count
     return counts
-
-
-def draw_like(captions: Sequence[str], rng: torch.Generator) -> list[Scene]:
-    """For each caption a scene of the same kind with other objects and background, of any split.
-
-    Real pictures to compare a set of samples with: alike in kind, independent in content.
-    """
-    drawn = []
-    for caption in captions:
-        scene = parse_caption(caption)
-        names = torch.randperm(len(OBJECTS), generator=rng)[: len(scene.objects)].tolist()
-        color = list(COLORS)[int(torch.randint(len(COLORS), (1,), generator=rng))]
-        drawn.append(Scene(scene.kind, tuple(OBJECTS[i] for i in names), scene.background and color))
-    return drawn

@@ -84,15 +84,18 @@ def test_each_column_is_its_judge(tokenizer, frame):
     """Recomputed from the samples with the judges themselves."""
     part = frame[(frame.model == "base") & (frame.budget == 3) & (frame.seed == 1)].reset_index()
     images, _ = evaluate.draw_pictures(tiny_emoji(tokenizer), list(part.prompt), SamplerConfig(steps=3), 1)
-    jury, prompts, real = evaluate.load_jury(), list(part.prompt), evaluate.real_pictures(list(part.prompt), 1)
+    jury, prompts = evaluate.load_jury(), list(part.prompt)
+    real = evaluate.references(tuple(prompts), 1, jury)
+    assert real.prompts == [prompt for prompt in dict.fromkeys(prompts) for _ in range(evaluate.REAL_PER_PROMPT)]
     for detector, end in ((jury.detector, ""), (jury.second, "2")):
         verdict = judges.verdict(detector, images, prompts)
         assert part["accuracy" + end].tolist() == verdict["counts"].tolist()
         assert part["relation" + end].tolist() == verdict["relation"].tolist()
         assert part["color" + end].tolist() == verdict["color"].tolist()
-        assert part["fd" + end][0] == pytest.approx(
-            distances.frechet_distance(distances.DetectorFeatures(detector), real, images), rel=1e-4
-        )
+        seen = distances.read(distances.DetectorFeatures(detector), images)
+        assert part["fd" + end][0] == pytest.approx(distances.frechet_distance(real.features[end], seen), rel=1e-4)
+        expected = distances.kid(real.features[end], seen, real.prompts, prompts)
+        assert part["kid" + end][0] == pytest.approx(expected, rel=1e-4)
     nearest = judges.nearest_scene(images, prompts)
     for name, value in judges.layout_entropy(nearest, prompts, 2).items():
         assert part[f"{name}_entropy"].mean() == pytest.approx(value)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from speedrl_lab import compositor, distances, judges, scenes
 from speedrl_lab.networks import Detector
@@ -201,13 +202,13 @@ def small_detector() -> Detector:
 
 def test_kid_and_frechet_distance_see_a_difference():
     features = distances.DetectorFeatures(small_detector())
-    real = scenes.draw_batch(48, "train", seed=0)[2]
-    other = scenes.draw_batch(48, "train", seed=1)[2]
-    broken = other * 0.1
-    assert distances.frechet_distance(features, real, real) == pytest.approx(0, abs=1e-4)
-    near, far = (distances.frechet_distance(features, real, images) for images in (other, broken))
+    drawn = [scenes.draw_batch(48, "train", seed=seed) for seed in (0, 1)]
+    captions = [[scene.caption for scene in batch[0]] for batch in drawn]
+    real, other, broken = (distances.read(features, x) for x in (drawn[0][2], drawn[1][2], drawn[1][2] * 0.1))
+    assert distances.frechet_distance(real, real) == pytest.approx(0, abs=1e-4)
+    near, far = (distances.frechet_distance(real, images) for images in (other, broken))
     assert far > 3 * near > 0
-    same, different = (distances.kid(features, real, x, 24, subsets=5, seed=0)[0] for x in (other, broken))
+    same, different = (distances.kid(real, images, *captions) for images in (other, broken))
     assert different > 3 * abs(same)
 
 
@@ -219,26 +220,55 @@ def test_frechet_distance_matches_its_formula():
     product = a.T.cov() @ b.T.cov()
     trace = torch.linalg.eigvals(product).sqrt().real.sum()
     expected = (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * trace
-    found = distances.frechet_distance(features, real, generated * 0.7)
+    found = distances.frechet_distance(*(distances.read(features, images) for images in (real, generated * 0.7)))
     assert found == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_kid_depends_on_its_seed_alone():
+def test_kid_is_the_mean_kernel_over_pairs_of_different_captions():
     features = distances.DetectorFeatures(small_detector())
-    real, generated = (scenes.draw_batch(40, "train", seed=seed)[2] for seed in (0, 1))
-    before = torch.get_rng_state()
-    first = distances.kid(features, real, generated, subset_size=16, subsets=4, seed=5)
-    assert torch.equal(before, torch.get_rng_state())
-    torch.rand(3)  # another global state
-    assert distances.kid(features, real, generated, 16, 4, seed=5) == first
-    assert distances.kid(features, real, generated, 16, 4, seed=6) != first
-    assert first[1] > 0
+    real, generated = (scenes.draw_batch(count, "train", seed=seed)[2] for count, seed in ((6, 0), (4, 1)))
+    captions = ["a", "a", "b", "b", "c", "c"], ["a", "a", "b", "c"]
+    read = [distances.read(features, images) for images in (real, generated)]
+    sets = [rows.tolist() for rows in read]
+
+    def mean(left, right):
+        products = [
+            (sum(x * y for x, y in zip(one, other, strict=True)) / 12 + 1) ** 3
+            for one, text in zip(sets[left], captions[left], strict=True)
+            for other, text2 in zip(sets[right], captions[right], strict=True)
+            if text != text2
+        ]
+        return sum(products) / len(products)
+
+    found = distances.kid(*read, *captions)
+    assert found == pytest.approx(mean(0, 0) + mean(1, 1) - 2 * mean(0, 1), rel=1e-5)
 
 
-def test_kid_refuses_subsets_larger_than_a_set():
-    images = torch.zeros(4, 3, 32, 32)
-    with pytest.raises(ValueError, match="subset_size 5 with 8 real and 4 generated images; use 2 to 4"):
-        distances.kid(distances.DetectorFeatures(small_detector()), images.repeat(2, 1, 1, 1), images, 5, 1, 0)
+def test_real_scenes_of_the_same_captions_are_at_no_distance_and_smeared_ones_are_far():
+    features = distances.DetectorFeatures(judges.load_second_detector())
+    captions = scenes.load_prompts("validation", 48)
+    repeated = [caption for caption in captions for _ in range(4)]
+
+    def drawn(seed):
+        parsed = [scenes.parse_caption(caption) for caption in repeated]
+        return compositor.paint(scenes.draw_layouts(parsed, torch.Generator().manual_seed(seed)))
+
+    def distance(images):
+        return distances.kid(real, distances.read(features, images), repeated, repeated)
+
+    real = distances.read(features, drawn(0))
+    alike = torch.tensor([distance(drawn(seed)) for seed in range(1, 7)])
+    assert abs(float(alike.mean())) < 2.5 * float(alike.std()) / len(alike) ** 0.5 + 1e-4
+    smeared = functional.interpolate(functional.avg_pool2d(drawn(7), 4), scale_factor=4)
+    assert distance(smeared) > 4 * float(alike.abs().max())
+
+
+def test_kid_says_what_it_cannot_compare():
+    rows = torch.zeros(4, 12)
+    with pytest.raises(ValueError, match="all 8 images have one caption; expected at least two captions"):
+        distances.kid(rows, rows, ["a dog"] * 4, ["a dog"] * 4)
+    with pytest.raises(ValueError, match="got 3 captions for 4 images; give one caption an image"):
+        distances.kid(rows, rows, ["a dog"] * 4, ["a cat"] * 3)
 
 
 def test_detector_features_are_the_detectors():
@@ -260,12 +290,13 @@ def test_surface_features_see_noise_that_hardly_changes_content():
     real, other = (scenes.draw_batch(64, "train", seed=seed)[2] for seed in (0, 1))
     noisy = (other + 0.1 * torch.randn(other.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     surface, content = distances.SurfaceFeatures(detector), distances.DetectorFeatures(detector)
-    rise = [
-        distances.frechet_distance(features, real, noisy) / distances.frechet_distance(features, real, other)
-        for features in (surface, content)
-    ]
+
+    def distance(features, generated):
+        return distances.frechet_distance(*(distances.read(features, shown) for shown in (real, generated)))
+
+    rise = [distance(features, noisy) / distance(features, other) for features in (surface, content)]
     assert rise[0] > 2 and rise[1] < 1.5
-    assert distances.frechet_distance(surface, real, images.flip(3)) < distances.frechet_distance(surface, real, noisy)
+    assert distance(surface, images.flip(3)) < distance(surface, noisy)
 
 
 def test_the_second_detector_is_another_network_that_knows_real_scenes():
