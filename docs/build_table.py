@@ -10,9 +10,10 @@ from pathlib import Path
 import pandas as pd
 
 COLUMNS = {
-    "accuracy": ("exact counts", 2), "accuracy2": ("second detector", 2), "clip": ("CLIP", 3), "psnr": ("PSNR (dB)", 1),
-    "kid2": ("KID", 3), "diversity": ("diversity", 1),
+    "accuracy": ("exact counts", 2, 1), "accuracy2": ("second detector", 2, 1), "clip": ("CLIP", 3, 1),
+    "psnr": ("PSNR (dB)", 1, 1), "kid2": ("KID x 1000", 1, 1000), "diversity": ("diversity", 1, 1),
 }  # fmt: skip
+"""Title, digits and unit of each column."""
 BUDGETS = (1, 2, 3, 4, 5, 8)
 """What every model is shown at; the base at all that cost more, own paces always."""
 SHORT = {
@@ -33,12 +34,13 @@ def rows(table: pd.DataFrame, short: bool) -> pd.DataFrame:
 def main(results: Path, short: bool) -> None:
     table = rows(pd.read_csv(results / "frontier.csv").sort_values("forwards", kind="stable"), short)
     columns = {name: shown for name, shown in COLUMNS.items() if not (short and name in SHORT["columns"])}
-    print("| model | passes |", " | ".join(title for title, _ in columns.values()), "|")
+    print("| model | passes |", " | ".join(title for title, *_ in columns.values()), "|")
     print("|" + "---|" * (2 + len(columns)))
     for _, row in table.iterrows():
         cells = [row.model, f"{row.forwards:.1f}".removesuffix(".0")]
-        for name, (_, digits) in columns.items():
-            cells.append(f"{row[name]:.{digits}f} [{row[f'{name}_low']:.{digits}f}, {row[f'{name}_high']:.{digits}f}]")
+        for name, (_, digits, unit) in columns.items():
+            mean, low, high = (f"{unit * row[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
+            cells.append(f"{mean} [{low}, {high}]")
         print("|", " | ".join(cells), "|")
 
 

@@ -4,6 +4,7 @@ An entry is a table of plain values in outputs/cache, written whole or not at al
 invalidated: what has changed has another key. The folder may be deleted at any time.
 """
 
+import ast
 import gzip
 import hashlib
 import inspect
@@ -88,8 +89,24 @@ def _source(kind: type) -> list[str]:
 
 
 def sources(*modules: str) -> list[str]:
-    """The code of modules of this package, such as "sampler", for a key that changes with them."""
-    return [(PACKAGE / f"{module}.py").read_text() for module in modules]
+    """The code of modules of this package, such as "sampler", for a key that changes with them.
+
+    Layout, comments and docstrings decide nothing and are left out.
+    """
+    return [_bare((PACKAGE / f"{module}.py").read_text()) for module in modules]
+
+
+def _bare(source: str) -> str:
+    """Source code as its syntax tree, without the statements that are strings alone."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [line for line in body if not (isinstance(line, ast.Expr) and _is_text(line.value))]
+    return ast.dump(tree)
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def load(folder: str, key: str, columns: Sequence[str], rows: int) -> pd.DataFrame | None:

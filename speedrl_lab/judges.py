@@ -1,6 +1,6 @@
 """Judges of EmojiScenes pictures.
 
-No reward reads what they say, but for the layout of the nearest scene, from which `variety` is reckoned.
+No reward reads what they say, but for the nearest scene, from which `variety` and `balance` are reckoned.
 The nearest valid scene says whether a picture is crisp and legal, the detector's verdict whether it
 shows what the caption asks for, diversity and layout entropy how much of what the caption leaves open is
 still used. Distances between sets of pictures: `distances`.
