@@ -28,7 +28,7 @@ POLICY = "policy.safetensors"  # a run writes it when it is finished
 FREE = ("path", "speed_weight", "seed", "device")  # what may differ between the trials of one sweep
 OWN_PACE = 0  # stands for the budget that a policy with a pace does not have
 METRICS = ("steps", "accuracy", "clip", "psnr", "diversity")
-COLUMNS = ("speed_weight", "seed", "prompt", "kind", "sample", "forwards", *METRICS, "kid")
+COLUMNS = ("speed_weight", "seed", "prompt", "kind", "sample", "forwards", *METRICS)
 SCENES = {
     "one object": ("one",),
     "two of a kind": ("two",),
@@ -85,8 +85,7 @@ def balanced(prompts: Sequence[str], per_kind: int) -> list[str]:
 def score_paces(runs: pd.DataFrame, prompts: Sequence[str], device: str = "auto") -> pd.DataFrame:
     """Sample the policies of `trials` at their own pace and judge each picture: one row an image.
 
-    Two samples a prompt, the same random numbers for all policies. `seed` is the training seed; `kid`
-    belongs to all images of a policy.
+    Two samples a prompt, the same random numbers for all policies. `seed` is the training seed.
     """
     settings = {str(run["path"]): run for run in runs.to_dict("records")}
     models = {name: load_generator("emoji", device, run["path"] / POLICY) for name, run in settings.items()}
@@ -115,21 +114,18 @@ def summary(samples: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
     """One row a speed weight, from the frame of `score_paces`.
 
     `<metric>`, `<metric>_low`, `<metric>_high`: mean and 95% interval of the METRICS. `steps_least` and
-    `steps_most`: the extreme means of `seeds` training seeds. `kid`: with two standard errors over those seeds.
+    `steps_most`: the extreme means of `seeds` training seeds.
     `easy`, `hard`, `gap`: mean steps of EASY and HARD scenes and hard - easy, all with intervals; the prompts
     differ, so that the two are resampled independently.
     """
     rng = np.random.default_rng(0)
     rows = []
     for weight, part in samples.groupby("speed_weight"):
-        by_seed = part.groupby("seed")[["steps", "kid"]].mean()
+        by_seed = part.groupby("seed").steps.mean()
         row = {"speed_weight": weight, "seeds": len(by_seed)}
-        row |= {"steps_least": by_seed.steps.min(), "steps_most": by_seed.steps.max()}
+        row |= {"steps_least": by_seed.min(), "steps_most": by_seed.max()}
         for metric in METRICS:
             row |= _named(metric, *_resampled(part, metric, draws, rng))
-        error = 2 * by_seed.kid.std() / len(by_seed) ** 0.5  # NaN for one seed
-        row |= {"kid": by_seed.kid.mean(), "kid_low": by_seed.kid.mean() - error}
-        row |= {"kid_high": by_seed.kid.mean() + error}
         easy, hard = (_resampled(_scenes(part, name), "steps", draws, rng) for name in (EASY, HARD))
         row |= _named("easy", *easy) | _named("hard", *hard)
         rows.append(row | _named("gap", hard[0] - easy[0], hard[1] - easy[1]))
