@@ -54,7 +54,7 @@ def kid(real: Tensor, generated: Tensor, real_captions: Sequence[str], captions:
     One caption a row; torchmetrics' kernel. The usual estimate takes all pictures as independent draws, and pictures of
     one caption are not: real scenes of 128 captions were .018 from real scenes of others, farther than some models,
     and -.019 from real scenes of their own. Without pairs of one caption there is no such bias: real scenes are 0 away
-    from others of the same captions, give or take .0004 (2026-11-30). Raises ValueError where all captions are the same.
+    from others of the same captions, give or take .0004 (2026-11-30). Raises ValueError where all captions are alike.
     """
     from torchmetrics.image.kid import poly_kernel
 

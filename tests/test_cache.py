@@ -138,8 +138,7 @@ def test_code_is_part_of_a_key_and_what_is_said_about_it_is_not(tmp_path, monkey
         return cache.sources("part")
 
     code = '"""What it is for."""\nLIMIT = 3\n"""Most."""\ndef half(x):\n    """x / 2."""\n    return x / 2\n'
-    other_words = 'LIMIT = 3  # at most\n\n\ndef half(x):\n    # of it\n    return x / 2\n'
+    other_words = "LIMIT = 3  # at most\n\n\ndef half(x):\n    # of it\n    return x / 2\n"
     assert read(code) == read(other_words)
     for old, new in (("3", "4"), ("x / 2\n", "x / 3\n"), ("half", "third")):
         assert read(other_words) != read(other_words.replace(old, new))
-
