@@ -7,7 +7,7 @@ A policy may be several files, one a training seed: its settings are searched on
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +250,19 @@ def searched(
 ) -> dict[tuple[str, int], SamplerConfig]:
     """`best_samplers`; another pool, or another diversity, looks only at what was never seen."""
     return best_samplers(generator, prompts, pools, least_diversity, kept_scores(generator))
+
+
+def settings(field: Mapping[str, Contender]) -> pd.DataFrame:
+    """How every contender is sampled: one row a model and budget, with the number of its trainings.
+
+    The other columns are the fields of SamplerConfig.
+    """
+    rows = [
+        {"model": name, "budget": budget, "trainings": len(one.trainings), **asdict(sampler)}
+        for name, one in field.items()
+        for budget, sampler in one.samplers.items()
+    ]
+    return pd.DataFrame(rows)
 
 
 def score(field: Mapping[str, Contender], prompts: Sequence[str], seeds: int) -> pd.DataFrame:

@@ -106,6 +106,15 @@ def test_the_head_says_how_a_policy_is_sampled(tokenizer, counted, kind, names):
         assert own[3].temperature == (1.0 if kind == "adaptive" else 0.6)
 
 
+def test_settings_name_every_sampler(emoji):
+    samplers = {2: SamplerConfig(steps=2), 8: SamplerConfig(steps=4, guidance_scale=2.0)}
+    table = contenders.settings({"base": contenders.Contender("base", [emoji], samplers)})
+    assert table.model.tolist() == ["base", "base"] and table.trainings.tolist() == [1, 1]
+    fields = [name for name in table if name not in ("model", "budget", "trainings")]
+    read = {row["budget"]: SamplerConfig(**{name: row[name] for name in fields}) for row in table.to_dict("records")}
+    assert read == samplers
+
+
 def test_trainings_with_other_heads_are_refused(tokenizer, counted):
     mixed = [headed(tokenizer, "paced"), headed(tokenizer, "none")]
     with pytest.raises(ValueError, match="different pace heads: none, paced"):
