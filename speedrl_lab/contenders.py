@@ -65,15 +65,12 @@ CANDIDATES = (
     *(replace(kind, guidance_scale=2.0) for kind in (KINDS[0], KINDS[2])),
 )
 """What any other tuned policy may be sampled with."""
-ONE_STEP = tuple(SamplerConfig(temperature=temperature) for temperature in TEMPERATURES[:3])
+ONE_STEP = tuple(SamplerConfig(temperature=temperature) for temperature in TEMPERATURES)
 NOISY_STEP = tuple(SamplerConfig(**noisy) for noisy in NOISY)
 """The same for a single pass, where order and schedule change nothing: from masks, and from Di[M]O's start."""
 FOLDER, COLUMNS = "search", ["quality", "diversity"]
 SEARCHING = [*CODE, *cache.sources("search")]
 """The code that decides what a search sees, for the key under which it is kept."""
-MARGIN = 1.05
-"""What a search asks for above the diversity that is to be kept: winners are chosen on few prompts, and without it they
-kept 81 to 93% on others where 90% was asked (2026-11-29)."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +185,7 @@ def field_of(
     the search looks at quality alone.
     """
     found = base_contenders(base, budgets, usual)
-    share = MARGIN * diversity_share
-    floor = share * usual_diversity(base, prompts, max(budgets)) if policies and diversity_share else 0.0
+    floor = diversity_share * usual_diversity(base, prompts, max(budgets)) if policies and diversity_share else 0.0
     for name, files in policies.items():
         trainings = [load_generator("emoji", str(base.device), file) for file in files]
         found += tuned_contenders(name, trainings, prompts, budgets, own_steps, floor)
