@@ -16,7 +16,7 @@ BATCH = 256  # pictures read by the detector at once
 
 
 class DetectorFeatures(nn.Module):
-    """The detector's penultimate features, scaled to mean square 1 a picture, for torchmetrics."""
+    """The detector's penultimate features, scaled to mean square 1 a picture, as KID's kernel expects."""
 
     def __init__(self, detector: Detector):
         super().__init__()
@@ -65,14 +65,14 @@ def kid(real: Tensor, generated: Tensor, real_captions: Sequence[str], captions:
             raise ValueError(f"got {len(texts)} captions for {len(rows)} images; give one caption an image")
         sets.append((rows, torch.tensor([named[text] for text in texts], device=rows.device)))
 
-    def mean(left: int, right: int) -> Tensor:
-        (first, ids), (second, other) = sets[left], sets[right]
+    def mean(first: Tensor, ids: Tensor, second: Tensor, other: Tensor) -> Tensor:
         different = ids[:, None] != other  # (B, B')
         if not different.any():
             raise ValueError(f"all {len(ids) + len(other)} images have one caption; expected at least two captions")
         return poly_kernel(first, second)[different].mean()
 
-    return (mean(0, 0) + mean(1, 1) - 2 * mean(0, 1)).item()
+    of_real, of_generated = sets
+    return (mean(*of_real, *of_real) + mean(*of_generated, *of_generated) - 2 * mean(*of_real, *of_generated)).item()
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:

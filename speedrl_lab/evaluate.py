@@ -14,8 +14,7 @@ The judges are those of EmojiScenes:
 | `style_entropy`, `size_entropy`, `position_entropy`, `background_entropy` | whether a prompt's two samples \
 differ in what the caption leaves open (nats, nearest valid scenes; real scenes: `judge_real`); NaN where it does not \
 | whether they are right |
-| `kid`, `fd` | set: distance to real scenes of the same captions in the first detector's last features | noise, \
-stray patches |
+| `kid`, `fd` | set: distance to real scenes of the captions in the first detector's last features | drawing styles |
 | `kid2`, `fd2` | set: the same by the second detector, with which no model or sampler is chosen | the same |
 | `kid_surface`, `fd_surface` | set: in the second detector's first features: texture | captions, objects |
 
@@ -280,8 +279,7 @@ def _features(jury: Jury) -> dict[str, DetectorFeatures | SurfaceFeatures]:
 def references(prompts: tuple[str, ...], seed: int, jury: Jury) -> References:
     """REAL_PER_PROMPT real scenes of each different prompt, as the judges of sets see them."""
     repeated = [prompt for prompt in dict.fromkeys(prompts) for _ in range(REAL_PER_PROMPT)]
-    rng = torch.Generator().manual_seed(seed)
-    images = compositor.paint(scenes.draw_layouts([scenes.parse_caption(prompt) for prompt in repeated], rng))
+    images = scenes.real_pictures(repeated, torch.Generator().manual_seed(seed))
     images = images.to(next(jury.detector.parameters()).device)
     return References(repeated, {end: read(features, images) for end, features in _features(jury).items()})
 
@@ -289,8 +287,7 @@ def references(prompts: tuple[str, ...], seed: int, jury: Jury) -> References:
 def judge_real(prompts: Sequence[str], seed: int = 0, reconstruct: MaskedGenerator | None = None) -> pd.Series:
     """What the judges say of real scenes, or of their reconstructions: the best anyone can reach."""
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
-    rng = torch.Generator().manual_seed(1000 + seed)
-    images = compositor.paint(scenes.draw_layouts([scenes.parse_caption(prompt) for prompt in repeated], rng))
+    images = scenes.real_pictures(repeated, torch.Generator().manual_seed(1000 + seed))
     if reconstruct is not None:
         images = reconstruct.decode(reconstruct.tokenize(images)).cpu()
     jury = load_jury()

@@ -219,6 +219,14 @@ def draw_layouts(scenes: Sequence[Scene], rng: torch.Generator) -> Layout:
     return Layout(objects, integers(len(STYLES), count, 2), tops, lefts, sizes, backgrounds)
 
 
+def real_pictures(captions: Sequence[str], rng: torch.Generator) -> Tensor:
+    """A real scene of each caption, float32 (B, 3, 32, 32) in [0, 1]: `draw_layouts`, painted.
+
+    Raises ValueError as parse_caption.
+    """
+    return paint(draw_layouts([parse_caption(caption) for caption in captions], rng))
+
+
 def draw_batch(count: int, split: str, seed: int) -> tuple[list[Scene], Layout, Tensor]:
     """Draw `count` scenes with layouts and pictures from one seed: (scenes, layout, images)."""
     rng = torch.Generator().manual_seed(seed)

@@ -250,8 +250,7 @@ def test_real_scenes_of_the_same_captions_are_at_no_distance_and_smeared_ones_ar
     repeated = [caption for caption in captions for _ in range(4)]
 
     def drawn(seed):
-        parsed = [scenes.parse_caption(caption) for caption in repeated]
-        return compositor.paint(scenes.draw_layouts(parsed, torch.Generator().manual_seed(seed)))
+        return scenes.real_pictures(repeated, torch.Generator().manual_seed(seed))
 
     def distance(images):
         return distances.kid(real, distances.read(features, images), repeated, repeated)

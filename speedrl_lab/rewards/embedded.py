@@ -7,7 +7,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from speedrl_lab import compositor, judges, scenes
+from speedrl_lab import judges, scenes
 from speedrl_lab.generators.emoji import WEIGHTS, EmojiGenerator, load_emoji
 from speedrl_lab.networks import Detector, SmallClip
 from speedrl_lab.rewards import Reward
@@ -70,8 +70,7 @@ def verified_reward(device: torch.device | str = "cpu") -> Reward:
     referee = load_referee(device)
 
     def reward(images: Tensor, prompts: Sequence[str], trajectory: Trajectory) -> Tensor:
-        found = judges.verdict(referee, images, prompts)
-        return torch.stack(list(found.values())).all(0).float().to(images.device)
+        return _right(referee, images, prompts).float()
 
     return reward
 
@@ -99,8 +98,8 @@ def variety_reward(device: torch.device | str = "cpu") -> Reward:
 
     @torch.no_grad()
     def reward(images: Tensor, prompts: Sequence[str], trajectory: Trajectory) -> Tensor:
-        features, right = _right_scenes(referee, images, prompts)
-        return distance_to_others(features, prompts, right)
+        features = _scene_features(referee, images, prompts)
+        return distance_to_others(features, prompts, _right(referee, images, prompts))
 
     return reward
 
@@ -117,23 +116,25 @@ def balance_reward(device: torch.device | str = "cpu") -> Reward:
     @lru_cache(maxsize=4096)
     def real(prompt: str) -> Tensor:
         rng = torch.Generator().manual_seed(crc32(prompt.encode()))  # others for each caption: errors average out
-        drawn = compositor.paint(scenes.draw_layouts([scenes.parse_caption(prompt)] * REAL_SCENES, rng))
-        return referee.features(drawn.to(device))  # (REAL_SCENES, F)
+        return referee.features(scenes.real_pictures([prompt] * REAL_SCENES, rng).to(device))  # (REAL_SCENES, F)
 
     @torch.no_grad()
     def reward(images: Tensor, prompts: Sequence[str], trajectory: Trajectory) -> Tensor:
-        features, right = _right_scenes(referee, images, prompts)
+        features = _scene_features(referee, images, prompts)
         to_real = [torch.cdist(row[None], real(prompt)).mean() for row, prompt in zip(features, prompts, strict=True)]
-        return distance_to_others(features, prompts, right) - torch.stack(to_real)
+        return distance_to_others(features, prompts, _right(referee, images, prompts)) - torch.stack(to_real)
 
     return reward
 
 
-def _right_scenes(referee: Detector, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The referee's features (B, F) of each picture's nearest valid scene, and whether it calls the picture right."""
-    right = torch.stack(list(judges.verdict(referee, images, prompts).values())).all(0).to(images.device)
-    painted = judges.nearest_scene(images, prompts).paint(prompts).to(images.device)
-    return referee.features(painted), right
+def _right(referee: Detector, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Whether the referee reads all that the captions ask for, bool (B,) on the pictures' device."""
+    return torch.stack(list(judges.verdict(referee, images, prompts).values())).all(0).to(images.device)
+
+
+def _scene_features(referee: Detector, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The referee's features (B, F) of each picture's nearest valid scene."""
+    return referee.features(judges.nearest_scene(images, prompts).paint(prompts).to(images.device))
 
 
 def distance_to_others(features: Tensor, prompts: Sequence[str], counted: Tensor | None = None) -> Tensor:
