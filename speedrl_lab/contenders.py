@@ -47,8 +47,10 @@ UNGUIDED = (
     *(replace(kind, **hot) for kind in KINDS[2:] for hot in HOT_STARTS),
 )
 """What everyone may be sampled with, the base as well."""
-NOISY = tuple({"start_noise": 0.4, "temperature": temperature} for temperature in TEMPERATURES[:3])
-"""Di[M]O's start (arXiv 2503.15457), for policies that have learned it."""
+NOISY = tuple(
+    {"start_noise": noise, "temperature": temperature} for noise in (0.4, 0.2, 0.1) for temperature in TEMPERATURES[:3]
+)
+"""Di[M]O's start (arXiv 2503.15457), for policies that have learned it; they do better with less than in training."""
 REVISING = tuple(
     replace(kind, revise=True, **heat)
     for kind in (
@@ -65,7 +67,7 @@ CANDIDATES = (
     *(replace(kind, guidance_scale=2.0) for kind in (KINDS[0], KINDS[2])),
 )
 """What any other tuned policy may be sampled with."""
-ONE_STEP = tuple(SamplerConfig(temperature=temperature) for temperature in TEMPERATURES)
+ONE_STEP = tuple(SamplerConfig(temperature=temperature) for temperature in (*TEMPERATURES, 1.1))
 NOISY_STEP = tuple(SamplerConfig(**noisy) for noisy in NOISY)
 """The same for a single pass, where order and schedule change nothing: from masks, and from Di[M]O's start."""
 FOLDER, COLUMNS = "search", ["quality", "diversity"]

@@ -30,8 +30,9 @@ summary {{ cursor: pointer; }} details {{ margin: 1rem 0; }} pre {{ overflow-x: 
 a {{ color: light-dark(#0b5cad, #7db8f0); }} figcaption {{ font-size: .85rem; opacity: .75; }}
 .table {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }}
-th, td {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid light-dark(#d8dbe0, #3a3f45); }}
-th, td {{ white-space: nowrap; }} th:first-child, td:first-child {{ text-align: left; }}
+th, td {{ padding: .3rem .5rem; text-align: right; border-bottom: 1px solid light-dark(#d8dbe0, #3a3f45); }}
+td, th:first-child {{ white-space: nowrap; }} th {{ vertical-align: bottom; }}
+th:first-child, td:first-child {{ text-align: left; }}
 </style>{script}</head><body>
 <h1>{title}</h1>
 {body}

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from speedrl_lab.pace import PaceHead
+
 WANTED = (
     "transformer/config.json",
     "transformer/diffusion_pytorch_model.safetensors",
@@ -125,6 +127,40 @@ def write_tensors(state: Mapping[str, Tensor], path: Path, facts: Mapping[str, s
     save_file(tensors, partial, {"format": "pt", **facts})  # "pt": what the hub's loaders ask for
     partial.chmod(0o644)  # safetensors writes for the owner alone
     partial.replace(path)
+
+
+def write_policy(
+    state: Mapping[str, Tensor], path: Path, facts: Mapping[str, str], pace: PaceHead | None, revises: bool
+) -> None:
+    """Write a policy, with whether it `revises` in its facts, and its pace head to `<stem>.pace.safetensors` beside it.
+
+    Without a head, that of an earlier policy of this name is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _pace_path(path)
+    if pace is None:
+        beside.unlink(missing_ok=True)
+    else:
+        settings = {"module": "PaceHead", "config": json.dumps(pace.config), "origin": facts["origin"]}
+        write_tensors(pace.state_dict(), beside, settings)
+    write_tensors(state, path, {**facts, "revises": "true"} if revises else facts)
+
+
+def read_pace(path: Path) -> PaceHead | None:
+    """The pace head beside a policy file, or None; ValueError in one line where another network is there."""
+    beside = _pace_path(path)
+    if not beside.is_file():
+        return None
+    weights, settings = read_tensors(beside)
+    if settings.get("module") != "PaceHead":
+        raise ValueError(f"{beside} is no pace head; move it away or save the policy again")
+    pace = PaceHead(**json.loads(settings["config"]))
+    fill(pace, weights, beside)
+    return pace
+
+
+def _pace_path(path: Path) -> Path:
+    return path.with_name(path.stem + ".pace.safetensors")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

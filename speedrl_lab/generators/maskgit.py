@@ -21,10 +21,9 @@ from torch import Tensor
 from speedrl_lab.adapters import merged
 from speedrl_lab.config import nearest
 from speedrl_lab.generator import Cond, GeneratorSpec, StepInfo
-from speedrl_lab.generators.folder import fill, read_tensors, write_tensors
+from speedrl_lab.generators.folder import read_pace, read_tensors, write_policy
 from speedrl_lab.generators.llamagen_vq import LlamaGenVQ, vq_from
 from speedrl_lab.generators.maskgit_transformer import MaskGitTransformer, transformer_from
-from speedrl_lab.generators.published import pace_path
 from speedrl_lab.pace import PaceHead
 
 NUM_CLASSES = 1000
@@ -151,15 +150,7 @@ class MaskGitGenerator:
         state = merged(self.policy).state_dict()
         state["head.weight"] = state["head.weight"].clone()  # safetensors takes no tensor twice
         facts = {"family": self.family, "config": json.dumps({"heads": self.policy.heads}), "origin": origin}
-        if self.revises:
-            facts["revises"] = "true"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.pace is None:
-            pace_path(path).unlink(missing_ok=True)  # of an earlier policy
-        else:
-            settings = {"module": "PaceHead", "config": json.dumps(self.pace.config), "origin": origin}
-            write_tensors(self.pace.state_dict(), pace_path(path), settings)
-        write_tensors(state, path, facts)
+        write_policy(state, path, facts, self.pace, self.revises)
 
 
 def load_maskgit(
@@ -183,7 +174,7 @@ def load_maskgit(
         raise ValueError(f"{source} holds a policy of {config['family']!r}, expected {MaskGitGenerator.family!r}")
     network = _built(transformer_from, source, state, config.get("heads"))
     codec = _built(vq_from, vq, read_checkpoint(vq, "model")[0])
-    pace = _read_pace(source)
+    pace = read_pace(source)
     generator = MaskGitGenerator(network.to(device), codec.to(device), None if pace is None else pace.to(device))
     generator.policy.requires_grad_(True)
     generator.revises = "revises" in config
@@ -256,19 +247,6 @@ def _built(build: Any, path: Path, *inputs: Any) -> Any:
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split("\n")[:2]).strip()
         raise ValueError(f"{path} does not fit: {reason}") from None
-
-
-def _read_pace(source: Path) -> PaceHead | None:
-    """The pace head beside a policy file, or None."""
-    path = pace_path(source)
-    if not path.is_file():
-        return None
-    weights, settings = read_tensors(path)
-    if settings.get("module") != "PaceHead":
-        raise ValueError(f"{path} is no pace head; move it away or save the policy again")
-    pace = PaceHead(**json.loads(settings["config"]))
-    fill(pace, weights, path)
-    return pace
 
 
 def _first_line(error: Exception) -> str:

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from speedrl_lab.adapters import has_adapter, merged
 from speedrl_lab.generator import Cond, GeneratorSpec, StepInfo
-from speedrl_lab.generators.folder import fill, read_tensors, write_tensors
+from speedrl_lab.generators.folder import fill, read_pace, read_tensors, write_policy
 from speedrl_lab.pace import PaceHead
 
 AESTHETIC_SCORE = 6.0  # the published pipelines' default
@@ -187,15 +187,7 @@ class PublishedGenerator(ABC):
         policy = merged(self.policy) if has_adapter(self.policy) else self.policy
         config = {name: value for name, value in policy.config.items() if not name.startswith("_")}
         facts = {"family": self.family, "config": json.dumps(config, default=str), "origin": origin}
-        if self.revises:
-            facts["revises"] = "true"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.pace is None:
-            pace_path(path).unlink(missing_ok=True)  # of an earlier policy
-        else:
-            facts_pace = {"module": "PaceHead", "config": json.dumps(self.pace.config), "origin": origin}
-            write_tensors(self.pace.state_dict(), pace_path(path), facts_pace)
-        write_tensors(policy.state_dict(), path, facts)
+        write_policy(policy.state_dict(), path, facts, self.pace, self.revises)
 
     def load_policy(self, path: Path | str) -> None:
         """Replace the policy's weights, key by key, by those of a file; its pace head too, where it has one, and
@@ -207,16 +199,10 @@ class PublishedGenerator(ABC):
         tensors, facts = read_tensors(path)
         if facts.get("family", self.family) != self.family:
             raise ValueError(f"{path} holds a policy of {facts['family']!r}, expected {self.family!r}")
-        pace = None
-        if pace_path(path).is_file():
-            weights, settings = read_tensors(pace_path(path))
-            if settings.get("module") != "PaceHead":
-                raise ValueError(f"{pace_path(path)} is no pace head; move it away or save the policy again")
-            pace = PaceHead(**json.loads(settings["config"])).to(self.device)
-            fill(pace, weights, pace_path(path))
+        pace = read_pace(path)
         tensors = {name.removeprefix("_orig_mod."): value for name, value in tensors.items()}  # of torch.compile
         fill(self.policy, tensors, path)
-        self.pace, self.revises = pace, "revises" in facts
+        self.pace, self.revises = None if pace is None else pace.to(self.device), "revises" in facts
 
 
 def code_logits(head: nn.Module, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -229,8 +215,3 @@ def code_logits(head: nn.Module, hidden: Tensor, rows: Tensor | None = None) -> 
         hidden = hidden.flatten(0, 1)[rows]  # (R, C)
     hidden = head.layer_norm(functional.linear(hidden, head.conv1.weight[:, :, 0, 0], head.conv1.bias))
     return functional.linear(hidden, head.conv2.weight[:, :, 0, 0], head.conv2.bias).float()
-
-
-def pace_path(path: Path) -> Path:
-    """Where the pace head of a policy file is."""
-    return path.with_name(path.stem + ".pace.safetensors")
