@@ -47,18 +47,20 @@ UNGUIDED = (
     *(replace(kind, **hot) for kind in KINDS[2:] for hot in HOT_STARTS),
 )
 """What everyone may be sampled with, the base as well."""
-NOISY = tuple(
-    {"start_noise": noise, "temperature": temperature} for noise in (0.4, 0.2, 0.1) for temperature in TEMPERATURES[:3]
+NOISY, BARELY_NOISY = (
+    tuple({"start_noise": noise, "temperature": temperature} for noise in shares for temperature in TEMPERATURES[:3])
+    for shares in ((0.4, 0.1, 0.05), (0.1, 0.05, 0.03))
 )
-"""Di[M]O's start (arXiv 2503.15457), for policies that have learned it; they do better with less than in training."""
+"""Di[M]O's start (arXiv 2503.15457), for policies that have learned it; they do better with less than in training. And
+for policies that revise: two or three random codes part the samples of a prompt, and what they spoil is mended."""
 REVISING = tuple(
-    replace(kind, revise=True, **heat)
+    replace(kind, revise=True, **start)
     for kind in (
         SamplerConfig(),
         SamplerConfig(schedule="power", power=1.5),
         SamplerConfig(schedule="power", power=2.0),
     )
-    for heat in (*({"temperature": temperature} for temperature in TEMPERATURES[:3]), *HOTTER)
+    for start in (*({"temperature": temperature} for temperature in TEMPERATURES[:3]), *HOTTER, *BARELY_NOISY)
 )
 """What a policy may be sampled with that has learned to draw anew what is drawn: it always does."""
 CANDIDATES = (
@@ -68,8 +70,7 @@ CANDIDATES = (
 )
 """What any other tuned policy may be sampled with."""
 ONE_STEP = tuple(SamplerConfig(temperature=temperature) for temperature in (*TEMPERATURES, 1.1))
-NOISY_STEP = tuple(SamplerConfig(**noisy) for noisy in NOISY)
-"""The same for a single pass, where order and schedule change nothing: from masks, and from Di[M]O's start."""
+"""A single pass from masks alone, where order and schedule change nothing."""
 FOLDER, COLUMNS = "search", ["quality", "diversity"]
 SEARCHING = [*CODE, *cache.sources("search")]
 """The code that decides what a search sees, for the key under which it is kept."""
@@ -206,8 +207,9 @@ def head_kind(generator: MaskedGenerator) -> str:
 
 def fixed_pool(passes: int, revises: bool = False) -> list[SamplerConfig]:
     """Settings that cost so many passes, for a policy that `revises` or for one that cannot."""
-    if passes == 1:  # nothing is there to revise, and who revises was never shown a start of random codes
-        return with_passes(ONE_STEP if revises else (*ONE_STEP, *NOISY_STEP), passes)
+    if passes == 1:
+        noisy = [SamplerConfig(**start) for start in (BARELY_NOISY if revises else NOISY)]
+        return with_passes([*ONE_STEP, *noisy], passes)
     return with_passes(REVISING if revises else CANDIDATES, passes)
 
 
@@ -217,7 +219,7 @@ def own_pool(kind: str, steps: int, revises: bool = False) -> list[SamplerConfig
     each = [replace(ours, greedy_pace=greedy) for greedy in (True, False)]
     if kind == "adaptive":
         return each  # chooses temperatures itself
-    starts = HOTTER if revises else (*HOT_STARTS, *NOISY)
+    starts = (*HOTTER, *BARELY_NOISY) if revises else (*HOT_STARTS, *NOISY)
     plain = [replace(sampler, temperature=temperature) for sampler in each for temperature in TEMPERATURES]
     return plain + [replace(sampler, **start) for sampler in each for start in starts]
 
