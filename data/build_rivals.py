@@ -3,7 +3,7 @@
     python data/build_rivals.py                       # all of them, one after the other; goes on where it stopped
     python data/build_rivals.py sdtt dimo --seeds 0 1  # some; several processes may share the work
 
-About 120,000 passes each, that of a start included; `dimo-long` has 353,000, `revise-then-rl` 394,000.
+About 120,000 passes each, that of a start included; `dimo-long` has 353,000, `dimo-longest` 1,060,000, `revise-then-rl` 394,000.
 
 Runs land in outputs/rivals/<method>-<seed>.
 Seconds depend on the machine; passes (forward passes of every network, a backward pass counted as two) do not.
@@ -37,6 +37,7 @@ METHODS = {
     "dimo-half": {"method": "dimo", "distill_iterations": 41},
     "distil-then-rl": {"iterations": 46, "learning_rate": 1e-4, **RL},
     "dimo-long": {"method": "dimo", "distill_iterations": 240, "start_noise": 0.4, "compiled": True},
+    "dimo-longest": {"method": "dimo", "distill_iterations": 720, "start_noise": 0.4, "compiled": True},
     "revise": {"method": "revise", "distill_iterations": 560, "pool_size": 2560, "teacher_guidance": 1.0,
                "teacher_temperature": 0.6, "power": 2.0, "distill_learning_rate": 5e-4, "distill_ema": 0.98,
                "compiled": True},

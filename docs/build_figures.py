@@ -33,7 +33,7 @@ def main(results: Path) -> None:
     tuned = lab.load_generator(device="cpu", policy=DATA / "weights" / "speed_rl.safetensors")
     searched = lab.load_base_samplers_by_passes()
     usual = lab.SamplerConfig(steps=16, order="confidence", guidance_scale=3.0)
-    revised = lab.SamplerConfig(revise=True, temperature=0.8, first_temperature=2.0)
+    revised = lab.SamplerConfig(revise=True, temperature=0.8, start_noise=0.05)
     own = replace(revised, steps=8, schedule="paced", greedy_pace=True)
     rows = {
         "base\n2 passes": (base, searched[2]),

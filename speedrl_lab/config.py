@@ -79,7 +79,8 @@ class SamplerConfig(_Checked):
     of tokens drawn side by side are mended. The last step decides every token."""
     start_noise: float = 0.0
     """Share of positions that show a random code instead of a mask in the first step, where they are drawn all
-    the same: what a generator of one or few steps takes its diversity from (Di[M]O, arXiv 2503.15457)."""
+    the same: what a generator of one or few steps takes its diversity from (Di[M]O, arXiv 2503.15457). All tokens
+    see it, so that those drawn side by side agree; a few codes are enough."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
