@@ -36,12 +36,10 @@ KINDS = (
     SamplerConfig(schedule="power", power=2.0),
 )
 TEMPERATURES = (1.0, 0.8, 0.6, 1.2)
-HOT_STARTS, HOTTER = (
-    tuple({"first_temperature": first, "temperature": temperature} for first in firsts for temperature in (0.8, 0.6))
-    for firsts in ((2.0, 3.0), (2.0, 2.5, 3.0, 3.5, 4.0))
+HOT_STARTS = tuple(
+    {"first_temperature": first, "temperature": temperature} for first in (2.0, 3.0) for temperature in (0.8, 0.6)
 )
-"""Settings under which samples of a prompt part in their first step and keep to the likely afterwards. More of them for
-policies that revise: they mend what a hot start got wrong, and may have been trained so."""
+"""Settings under which samples of a prompt part in their first step and keep to the likely afterwards."""
 UNGUIDED = (
     *(replace(kind, temperature=temperature) for kind in KINDS for temperature in TEMPERATURES),
     *(replace(kind, **hot) for kind in KINDS[2:] for hot in HOT_STARTS),
@@ -49,10 +47,10 @@ UNGUIDED = (
 """What everyone may be sampled with, the base as well."""
 NOISY, BARELY_NOISY = (
     tuple({"start_noise": noise, "temperature": temperature} for noise in shares for temperature in TEMPERATURES[:3])
-    for shares in ((0.4, 0.1, 0.05, 0.03, 0.015), (0.1, 0.05, 0.03, 0.015))
+    for shares in ((0.4, 0.05, 0.03), (0.05, 0.03, 0.015))
 )
 """Di[M]O's start (arXiv 2503.15457), for policies that have learned it; they do better with less than in training. And
-for policies that revise: one to six random codes part the samples of a prompt, and what they spoil is mended."""
+for policies that revise: one to three random codes part the samples of a prompt, and what they spoil is mended."""
 REVISING = tuple(
     replace(kind, revise=True, **start)
     for kind in (
@@ -60,7 +58,7 @@ REVISING = tuple(
         SamplerConfig(schedule="power", power=1.5),
         SamplerConfig(schedule="power", power=2.0),
     )
-    for start in (*({"temperature": temperature} for temperature in TEMPERATURES[:3]), *HOTTER, *BARELY_NOISY)
+    for start in (*({"temperature": temperature} for temperature in TEMPERATURES[:3]), *HOT_STARTS, *BARELY_NOISY)
 )
 """What a policy may be sampled with that has learned to draw anew what is drawn: it always does."""
 CANDIDATES = (
@@ -219,7 +217,7 @@ def own_pool(kind: str, steps: int, revises: bool = False) -> list[SamplerConfig
     each = [replace(ours, greedy_pace=greedy) for greedy in (True, False)]
     if kind == "adaptive":
         return each  # chooses temperatures itself
-    starts = (*HOTTER, *BARELY_NOISY) if revises else (*HOT_STARTS, *NOISY)
+    starts = (*HOT_STARTS, *(BARELY_NOISY if revises else NOISY))
     plain = [replace(sampler, temperature=temperature) for sampler in each for temperature in TEMPERATURES]
     return plain + [replace(sampler, **start) for sampler in each for start in starts]
 
