@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import os
+import textwrap
 import uuid
 import warnings
 import zlib
@@ -76,13 +77,13 @@ def _feed(digest: "hashlib._Hash", value: Any, above: tuple[int, ...]) -> None:
 
 
 def _source(kind: type) -> list[str]:
-    """Names of a class and of those that it derives from, with their code where it can be read."""
+    """Names of a class and of those that it derives from, with their bare code where it can be read."""
     parts = []
     for base in kind.__mro__[:-1]:
         parts.append(f"{base.__module__}.{base.__qualname__}")
         if not base.__module__.startswith("torch."):
             try:
-                parts.append(inspect.getsource(base))
+                parts.append(_bare(textwrap.dedent(inspect.getsource(base))))
             except (OSError, TypeError):  # typed into a console
                 continue
     return parts

@@ -1,5 +1,7 @@
 """The cache: fingerprints of content, and files that are whole, exact or computed again."""
 
+import importlib
+import sys
 import threading
 import warnings
 from dataclasses import replace
@@ -142,3 +144,16 @@ def test_code_is_part_of_a_key_and_what_is_said_about_it_is_not(tmp_path, monkey
     assert read(code) == read(other_words)
     for old, new in (("3", "4"), ("x / 2\n", "x / 3\n"), ("half", "third")):
         assert read(other_words) != read(other_words.replace(old, new))
+
+
+def test_the_code_of_a_class_is_part_of_a_fingerprint_and_its_words_are_not(tmp_path, monkeypatch):
+    def seen(folder, text):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "part.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path / folder)
+        monkeypatch.delitem(sys.modules, "part", raising=False)
+        return cache.fingerprint(importlib.import_module("part").Part())
+
+    code = 'class Part:\n    size = 3\n    """In steps."""\n\n    def half(self):\n        return 2\n'
+    assert seen("one", code) == seen("two", code.replace("In steps.", "Steps of it, at most."))
+    assert seen("one more", code) != seen("three", code.replace("return 2", "return 1"))
