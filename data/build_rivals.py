@@ -3,7 +3,8 @@
     python data/build_rivals.py                       # all of them, one after the other; goes on where it stopped
     python data/build_rivals.py sdtt dimo --seeds 0 1  # some; several processes may share the work
 
-About 120,000 passes each, that of a start included; `dimo-long` has 353,000, `dimo-longest` 1,060,000, `revise-then-rl` 394,000.
+About 120,000 passes each, that of a start included; `dimo-long` has 353,000, `dimo-longest` 1,060,000,
+`revise-then-rl` 394,000.
 
 Runs land in outputs/rivals/<method>-<seed>.
 Seconds depend on the machine; passes (forward passes of every network, a backward pass counted as two) do not.
