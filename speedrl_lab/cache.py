@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,12 @@ def _feed(digest: "hashlib._Hash", value: Any, above: tuple[int, ...]) -> None:
         raise TypeError(f"a {type(value).__name__} has no fingerprint")
 
 
+@cache
 def _source(kind: type) -> list[str]:
-    """Names of a class and of those that it derives from, with their bare code where it can be read."""
+    """Names of a class and of those that it derives from, with their bare code where it can be read.
+
+    Read once: a file that is edited later is not the code that runs.
+    """
     parts = []
     for base in kind.__mro__[:-1]:
         parts.append(f"{base.__module__}.{base.__qualname__}")

@@ -146,8 +146,8 @@ def write_policy(
     write_tensors(state, path, {**facts, "revises": "true"} if revises else facts)
 
 
-def read_pace(path: Path) -> PaceHead | None:
-    """The pace head beside a policy file, or None; ValueError in one line where another network is there."""
+def read_pace(path: Path, device: torch.device) -> PaceHead | None:
+    """The pace head beside a policy file, on a device, or None; ValueError in one line for another network."""
     beside = _pace_path(path)
     if not beside.is_file():
         return None
@@ -156,7 +156,7 @@ def read_pace(path: Path) -> PaceHead | None:
         raise ValueError(f"{beside} is no pace head; move it away or save the policy again")
     pace = PaceHead(**json.loads(settings["config"]))
     fill(pace, weights, beside)
-    return pace
+    return pace.to(device)
 
 
 def _pace_path(path: Path) -> Path:

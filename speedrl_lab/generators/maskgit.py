@@ -174,8 +174,7 @@ def load_maskgit(
         raise ValueError(f"{source} holds a policy of {config['family']!r}, expected {MaskGitGenerator.family!r}")
     network = _built(transformer_from, source, state, config.get("heads"))
     codec = _built(vq_from, vq, read_checkpoint(vq, "model")[0])
-    pace = read_pace(source)
-    generator = MaskGitGenerator(network.to(device), codec.to(device), None if pace is None else pace.to(device))
+    generator = MaskGitGenerator(network.to(device), codec.to(device), read_pace(source, device))
     generator.policy.requires_grad_(True)
     generator.revises = "revises" in config
     return generator

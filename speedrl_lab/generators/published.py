@@ -199,10 +199,10 @@ class PublishedGenerator(ABC):
         tensors, facts = read_tensors(path)
         if facts.get("family", self.family) != self.family:
             raise ValueError(f"{path} holds a policy of {facts['family']!r}, expected {self.family!r}")
-        pace = read_pace(path)
+        pace = read_pace(path, self.device)
         tensors = {name.removeprefix("_orig_mod."): value for name, value in tensors.items()}  # of torch.compile
         fill(self.policy, tensors, path)
-        self.pace, self.revises = None if pace is None else pace.to(self.device), "revises" in facts
+        self.pace, self.revises = pace, "revises" in facts
 
 
 def code_logits(head: nn.Module, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
