@@ -10,18 +10,14 @@ import sys
 from pathlib import Path
 
 import speedrl_lab as lab
-from speedrl_lab.average import interpolate
+from speedrl_lab.average import mix
 
 
 def main(left: str, right: str, share: str, out: str) -> None:
     if Path(out).exists():
         sys.exit(f"{out} exists; choose another name")
     mixed, other = lab.load_generator(policy=left), lab.load_generator(policy=right)
-    interpolate(mixed.policy, other.policy, float(share))
-    if mixed.pace is not None and other.pace is not None:
-        interpolate(mixed.pace, other.pace, float(share))
-    mixed.pace = mixed.pace or other.pace  # where one alone has a head, that one
-    mixed.revises = mixed.revises or other.revises
+    mix(mixed, other, float(share))
     mixed.save_policy(out, origin=f"data/average_policies.py {Path(left).name} {Path(right).name} {share}")
 
 

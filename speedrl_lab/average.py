@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from speedrl_lab.generator import MaskedGenerator, can_revise
+
 
 class Average:
     """Running mean of the trainable parameters of a module; buffers are left alone.
@@ -67,6 +69,21 @@ def interpolate(module: nn.Module, other: nn.Module, share: float) -> None:
         raise ValueError(f"the modules differ in {sorted(unlike)[0]!r}; expected two of the same kind and size")
     for name, value in mine.items():
         value.lerp_(others[name].to(value), share)
+
+
+def mix(generator: MaskedGenerator, other: MaskedGenerator, share: float) -> None:
+    """Move a generator's policy and pace head the given share of the way to those of another one of the same base.
+
+    A pace head that one of them alone has is kept, and so is that one of them has learned to revise. Raises
+    ValueError for a share outside [0, 1], and where their networks differ.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share}: expected a share of the other policy from 0 to 1")
+    interpolate(generator.policy, other.policy, share)
+    if generator.pace is not None and other.pace is not None:
+        interpolate(generator.pace, other.pace, share)
+    generator.pace = generator.pace or other.pace
+    generator.revises = can_revise(generator) or can_revise(other)
 
 
 def _copy(value: Tensor) -> Tensor:

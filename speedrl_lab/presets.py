@@ -28,9 +28,10 @@ def _embedded() -> dict[str, RunConfig]:
         emoji,
         preset="demo",
         train=replace(
-            emoji.train, iterations=60, learning_rate=1e-4, warmup_iterations=5, practice_steps=(2, 1, 4),
-            quality_weights={"verified": 1.0, "coherence": 0.7, "clip": 0.3, "variety": 1.0}, kl_weight=0.05,
-            speed_form="lagrangian", speed_weight=0.6, target_steps=3.0, ema_decay=0.9,
+            emoji.train, iterations=60, learning_rate=2e-4, warmup_iterations=4, practice_steps=(2, 1, 4),
+            sampler=replace(emoji.train.sampler, revise=True, power=2.0, temperature=0.8, start_noise=0.05),
+            quality_weights={"verified": 1.5, "coherence": 0.7, "clip": 0.3, "variety": 0.7}, kl_weight=0.03,
+            speed_form="lagrangian", speed_weight=0.5, target_steps=3.5, ema_decay=0.9,
         ),
         evaluation=replace(emoji.evaluation, budgets=(1, 2, 3, 4, 5, 8, 16), num_prompts=64, num_seeds=2),
     )  # fmt: skip

@@ -5,7 +5,9 @@ import torch
 from conftest import randomize
 from torch import nn
 
-from speedrl_lab.average import Average, interpolate
+from speedrl_lab.average import Average, interpolate, mix
+from speedrl_lab.generators import load_generator
+from speedrl_lab.pace import PaceHead
 
 
 def line(value: float = 1.0) -> nn.Linear:
@@ -100,3 +102,15 @@ def test_a_module_moves_a_share_of_the_way_to_another():
         interpolate(left, nn.Linear(4, 2), 0.5)
     with pytest.raises(ValueError, match="the modules differ in 'bias'"):
         interpolate(left, nn.Linear(3, 2, bias=False), 0.5)
+
+
+def test_policies_are_mixed_with_what_either_of_them_has_alone():
+    left, right, start = (load_generator("tiny") for _ in range(3))
+    randomize(right.policy, 5)
+    left.pace, right.pace, right.revises = None, PaceHead(), True
+    mix(left, right, 0.25)
+    assert left.pace is right.pace and left.revises
+    for mixed, mine, other in zip(*(g.policy.parameters() for g in (left, start, right)), strict=True):
+        assert torch.allclose(mixed, 0.75 * mine + 0.25 * other)
+    with pytest.raises(ValueError, match="share=1.5: expected a share of the other policy from 0 to 1"):
+        mix(left, right, 1.5)

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from speedrl_lab import contenders, demo, notebooks
+from speedrl_lab.generator import can_revise
 from speedrl_lab.generators import load_generator
 
 
@@ -27,11 +29,17 @@ def executed(tmp_path, monkeypatch) -> list[tuple[str, dict]]:
     return calls
 
 
-def test_a_demo_trains_from_a_distillation_and_shows_that_start(executed, tmp_path):
+def test_a_demo_trains_from_halfway_between_two_distillations_and_shows_that_start(executed, tmp_path):
     assert demo.main() == tmp_path / "demo" / demo.PAGE
     (first, training), (second, frontier) = executed
     assert (first, second) == ("03_speed_rl", "05_frontier")
-    assert load_generator("emoji", "cpu", training["policy"]).spec.name == "emoji"
+    start, fast, revising = (
+        load_generator("emoji", "cpu", file) for file in (training["policy"], demo.FAST, demo.REVISING)
+    )
+    assert start.revises and not can_revise(fast)
+    # files are half precision
+    halves = zip(*(generator.policy.parameters() for generator in (start, fast, revising)), strict=True)
+    assert all(torch.allclose(middle, (one + other) / 2, atol=2e-3) for middle, one, other in halves)
     assert not training["resume"] and not frontier["resume"]
     shown = contenders.read_policies(frontier["policies"])
     assert list(shown) == ["before RL", "speed-rl, short", "speed-rl"]

@@ -22,9 +22,9 @@ CONFIG = "speedrl_lab.config"
 # Imports go to the same or a lower layer; a package's files share the layer of its name.
 LAYERS = [
     "config presets scenes prompts compositor canvas schedules trajectory advantage objective networks noise "
-    "pace guard average precision steering parallel compilation",
-    "weights generator draws adapters events runs judges distances intervals cache plots frontier_plots standings "
-    "estimator_plots page",
+    "pace guard precision steering parallel compilation",
+    "weights generator average draws adapters events runs judges distances intervals cache plots frontier_plots "
+    "standings estimator_plots page",
     "generators rewards sampler parity pretrain controls board_plots board widgets notebooks comparison trash "
     "report browser",
     "likelihood footprint planner enumeration lookup bakeoff loss learner student matching sdtt dimo revising evaluate "
