@@ -4,7 +4,7 @@
     python data/build_rivals.py sdtt dimo --seeds 0 1  # some; several processes may share the work
 
 About 120,000 passes each, that of a start included; `dimo-long` has 353,000, `dimo-longest` 1,060,000,
-`revise-then-rl` 394,000.
+`revise-then-rl` 394,000, `both-then-rl` 800,000: from halfway between `dimo-long` and `revise` of the same seed.
 
 Runs land in outputs/rivals/<method>-<seed>.
 Seconds depend on the machine; passes (forward passes of every network, a backward pass counted as two) do not.
@@ -17,8 +17,10 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm import tqdm
+from weigh_prompts import weighted
 
 import speedrl_lab as lab
+from speedrl_lab.average import mix
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.runs import outputs_root
 
@@ -46,9 +48,16 @@ METHODS = {
                        "quality_weights": {"verified": 1.0, "coherence": 0.7, "clip": 0.3, "variety": 1.0},
                        "practice_steps": [2, 4, 1], "kl_weight": 0.05, "speed_form": "lagrangian",
                        "speed_weight": 0.3, "target_steps": 3.2, "ema_decay": 0.9, "compiled": True},
+    "both-then-rl": {"iterations": 130, "revise": True, "power": 2.0, "temperature": 0.8, "start_noise": 0.05,
+                     "learning_rate": 2e-4, "warmup_iterations": 4, "kl_weight": 0.03, "practice_steps": [2, 4, 3, 1],
+                     "quality_weights": {"verified": 1.6, "coherence": 0.7, "clip": 0.3, "variety": 0.5},
+                     "speed_form": "lagrangian", "speed_weight": 0.5, "target_steps": 3.7, "ema_decay": 0.9,
+                     "micro_batch_size": 48, "compiled": True},
 }  # fmt: skip
-START = {"distil-then-rl": "dimo-half", "revise-then-rl": "revise"}
-"""Methods that start from another one's policy of the same seed; its passes count."""
+START = {"distil-then-rl": ["dimo-half"], "revise-then-rl": ["revise"], "both-then-rl": ["dimo-long", "revise"]}
+"""Methods that start from another one's policy of the same seed, or halfway between two; their passes count."""
+WEIGHTED = {"both-then-rl": ("and", 500)}
+"""Methods that practise one kind of scene more than others, and of how many captions."""
 
 
 def settings(method: str, seed: int) -> lab.RunConfig:
@@ -58,15 +67,19 @@ def settings(method: str, seed: int) -> lab.RunConfig:
 
 
 def start(method: str, seed: int) -> MaskedGenerator:
-    before = START.get(method)
-    policy = None if before is None else outputs_root() / "rivals" / f"{before}-{seed}" / "policy.safetensors"
-    return lab.load_generator("emoji", device="cpu", policy=policy, compiled="compiled" in METHODS[method])
+    places = [outputs_root() / "rivals" / f"{name}-{seed}" / "policy.safetensors" for name in START.get(method, [])]
+    policy, *others = places or [None]
+    generator = lab.load_generator("emoji", device="cpu", policy=policy, compiled="compiled" in METHODS[method])
+    for other in others:
+        mix(generator, lab.load_generator("emoji", device="cpu", policy=other), 0.5)
+    return generator
 
 
 def records(method: str, config: lab.RunConfig, seed: int) -> Iterator[dict[str, Any]]:
-    generator, prompts = start(method, seed), lab.load_prompts("train")
-    before = START.get(method)
-    run = lab.Run.open(f"rivals/{method}-{seed}", {**config.flat(), "policy": before or ""}, resume=True)
+    generator = start(method, seed)
+    prompts = weighted(*WEIGHTED[method]) if method in WEIGHTED else lab.load_prompts("train")
+    before = " and ".join(START.get(method, []))
+    run = lab.Run.open(f"rivals/{method}-{seed}", {**config.flat(), "policy": before}, resume=True)
     if "method" in METHODS[method]:
         yield from lab.distill(generator, prompts, config.distillation, config.train.sampler, run, seed)
     else:
@@ -76,10 +89,10 @@ def records(method: str, config: lab.RunConfig, seed: int) -> Iterator[dict[str,
     run.write_card(card(method, run.records(), before))
 
 
-def card(method: str, table: pd.DataFrame, before: str | None) -> dict[str, Any]:
+def card(method: str, table: pd.DataFrame, before: str) -> dict[str, Any]:
     return {
-        "method": method + ("" if before is None else f", from {before} of the same seed"),
-        "passes": f"{table.passes.sum():,}" + ("" if before is None else ", after those of its start"),
+        "method": method + (f", from {before} of the same seed" if before else ""),
+        "passes": f"{table.passes.sum():,}" + (", after those of its start" if before else ""),
         "minutes": f"{table.seconds.sum() / 60:.1f}",
         "iterations": len(table),
     }

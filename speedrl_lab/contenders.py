@@ -47,10 +47,10 @@ UNGUIDED = (
 """What everyone may be sampled with, the base as well."""
 NOISY, BARELY_NOISY = (
     tuple({"start_noise": noise, "temperature": temperature} for noise in shares for temperature in TEMPERATURES[:3])
-    for shares in ((0.4, 0.05, 0.03), (0.05, 0.03, 0.015))
+    for shares in ((0.4, 0.05, 0.03), (0.1, 0.05, 0.03, 0.015))
 )
 """Di[M]O's start (arXiv 2503.15457), for policies that have learned it; they do better with less than in training. And
-for policies that revise: one to three random codes part the samples of a prompt, and what they spoil is mended."""
+for policies that revise: one to six random codes part the samples of a prompt, and what they spoil is mended."""
 REVISING = tuple(
     replace(kind, revise=True, **start)
     for kind in (

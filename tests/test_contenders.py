@@ -87,7 +87,7 @@ def test_every_pool_costs_its_passes_and_offers_what_fairness_asks(emoji):
     own = contenders.own_pool("paced", 4, revises=True)
     assert all(sampler.revise for sampler in own)
     barely = [{s.start_noise for s in pool} for pool in (contenders.fixed_pool(1, revises=True), revising, own)]
-    assert barely == 3 * [{0.0, 0.015, 0.03, 0.05}]
+    assert barely == 3 * [{0.0, 0.015, 0.03, 0.05, 0.1}]
     for passes, pool in ((1, one), (4, four), (4, revising)):
         for sampler in pool:
             assert draw_pictures(emoji, ["a dog"], sampler, seed=0)[1]["forwards"].tolist() == [passes]
