@@ -4,7 +4,7 @@
     python data/build_rivals.py sdtt dimo --seeds 0 1  # some; several processes may share the work
 
 About 120,000 passes each, that of a start included; `dimo-long` has 353,000, `dimo-longest` 1,060,000,
-`revise-then-rl` 394,000, `both-then-rl` 800,000: from halfway between `dimo-long` and `revise` of the same seed.
+`revise-then-rl` 394,000, `both-then-rl` 816,000: from halfway between `dimo-long` and `revise` of the same seed.
 
 Runs land in outputs/rivals/<method>-<seed>.
 Seconds depend on the machine; passes (forward passes of every network, a backward pass counted as two) do not.
