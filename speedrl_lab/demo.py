@@ -14,10 +14,9 @@ from tqdm import tqdm
 from speedrl_lab import notebooks
 from speedrl_lab.average import mix
 from speedrl_lab.generators import load_generator
+from speedrl_lab.generators.emoji import WEIGHTS
 from speedrl_lab.runs import outputs_root
-from speedrl_lab.scenes import DATA
 
-WEIGHTS = DATA / "weights"
 FAST, REVISING = WEIGHTS / "rivals" / "dimo.safetensors", WEIGHTS / "rivals" / "revise.safetensors"
 COMMITTED = WEIGHTS / "speed_rl.safetensors"
 START, TRAINED, PAGE = "start.safetensors", "policy.safetensors", "frontier.html"
