@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Order = Literal["confidence", "halton", "random"]
 Schedule = Literal["cosine", "linear", "arccos", "power", "paced", "adaptive", "random_budget", "threshold"]
+PolicyDtype = Literal["float32", "bfloat16"]
 HEADED = ("paced", "adaptive")
 """Schedules that a pace head decides."""
 VARYING = (*HEADED, "random_budget", "threshold")
@@ -131,7 +132,7 @@ class TrainConfig(_Checked):
     the memory that is free when the run starts, as the planner counts it."""
     gradient_checkpointing: bool = False
     """Recompute each block of the network in the backward pass: less memory, about a third more time."""
-    policy_dtype: Literal["float32", "bfloat16"] = "float32"
+    policy_dtype: PolicyDtype = "float32"
     """Of the weights that training leaves as they are; adapters, optimizer and all sampling mathematics stay
     float32. `bfloat16` halves their memory and is faster on a GPU; it needs `lora_rank` or trained='schedule'."""
     kl_weight: float = 0.02

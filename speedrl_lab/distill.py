@@ -13,6 +13,7 @@ from speedrl_lab.average import Average
 from speedrl_lab.config import VARYING, DistillConfig, SamplerConfig
 from speedrl_lab.dimo import TokenMatching
 from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.precision import require_whole
 from speedrl_lab.revising import Revising
 from speedrl_lab.runs import Run
 from speedrl_lab.sdtt import MultiStepMatching
@@ -92,4 +93,5 @@ def check(generator: MaskedGenerator, prompts: Sequence[str], config: DistillCon
     most = max(config.student_steps) if config.method == "dimo" else config.teacher_steps
     if most > num_tokens:
         raise ValueError(f"{name}={getattr(config, name)}: expected at most {num_tokens} steps, one a token")
+    require_whole(generator.policy)
     generator.encode(list(prompts))  # an unreadable prompt fails here

@@ -1,6 +1,10 @@
-"""Weights that training leaves alone, stored in bfloat16; adapters stay float32, and the originals are kept."""
+"""Networks in bfloat16: weights that training leaves alone, policies that only sample, and what pictures are made in.
+
+Adapters stay float32, and so does all sampling mathematics. Training keeps the originals of what it rounds.
+"""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -28,3 +32,28 @@ def make_whole(policy: nn.Module, originals: Mapping[str, Tensor]) -> None:
     """Put the originals back, in their own number format."""
     for name, value in untrained(policy).items():
         value.data = originals[name].to(value.device, copy=True)
+
+
+def is_half(policy: nn.Module) -> bool:
+    """Whether the weights of a policy, adapters aside, are bfloat16."""
+    return any(value.dtype == torch.bfloat16 for value in untrained(policy).values())
+
+
+def require_whole(policy: nn.Module) -> None:
+    """Raise ValueError for a policy that was loaded in bfloat16 and is to be trained, or an adapter merged into it.
+
+    Weights below an adapter that is there already were rounded by training itself, which has their originals.
+    """
+    if is_half(policy) and len(untrained(policy)) == len(list(policy.parameters())):
+        raise ValueError(
+            "the policy is bfloat16, which rounds small steps away: load it with policy_dtype='float32'; the training "
+            "knob policy_dtype='bfloat16' keeps the originals of what it rounds"
+        )
+
+
+def as_policy(policy: nn.Module) -> AbstractContextManager[None]:
+    """Convolutions and products in bfloat16 inside, where the weights of `policy` are; else as they are."""
+    device = next(policy.parameters()).device.type
+    if device == "meta" or not is_half(policy):  # the planner's shapes know no autocast
+        return nullcontext()
+    return torch.autocast(device, torch.bfloat16)

@@ -21,6 +21,7 @@ from speedrl_lab.config import HEADED, VARYING, SamplerConfig, TrainConfig
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.learner import Learner, Rollout, Weights
 from speedrl_lab.pace import head_for
+from speedrl_lab.precision import require_whole
 from speedrl_lab.rewards import Reward
 from speedrl_lab.runs import Run
 from speedrl_lab.sampler import require_head, sample
@@ -151,6 +152,8 @@ def check(
         most = generator.spec.num_tokens
         raise ValueError(f"steps={config.sampler.steps}: expected 1 to {most}; nearest: {most}")
     parallel.require_whole_groups(config.num_groups)
+    if config.trained != "schedule":
+        require_whole(generator.policy)
     generator.encode(list(prompts))  # an unreadable prompt fails here, not in iteration 300
 
 

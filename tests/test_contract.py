@@ -4,10 +4,12 @@
 import pytest
 import torch
 
-from speedrl_lab import scenes
+from speedrl_lab import distill, rl, scenes
+from speedrl_lab.config import DistillConfig, SamplerConfig, TrainConfig
 from speedrl_lab.generator import MaskedGenerator, StepInfo
 from speedrl_lab.generators import FAMILIES, describe_generator, load_generator, prompts_for
 from speedrl_lab.pace import PaceHead
+from speedrl_lab.sampler import sample
 
 STEP = StepInfo(0, 4)
 CAPTIONS = ["a dog", "two cats on a red background", "a star left of a pig"]
@@ -279,3 +281,27 @@ def test_missing_libraries_are_named_with_what_installs_them(asked, monkeypatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs diffusers and transformers.*pip install 'speedrl_lab\[real\]'"):
         load_generator(asked, device="cpu")
+
+
+def test_a_policy_in_bfloat16_samples_and_decodes_and_is_not_trained(family, published, loaded, prompts):
+    if not FAMILIES[family]:
+        with pytest.raises(ValueError, match="policy_dtype='bfloat16' means nothing to generator"):
+            load_generator(family, device="cpu", policy_dtype="bfloat16")
+        return
+    with pytest.raises(ValueError, match="policy_dtype='bfloat' is not known; nearest: 'bfloat16'"):
+        load_generator(published[family], device="cpu", policy_dtype="bfloat")
+    half, whole = load_generator(published[family], device="cpu", policy_dtype="bfloat16"), loaded[family]
+    assert describe_generator(half)["policy_dtype"] == "bfloat16" and "policy_dtype" not in describe_generator(whole)
+    tokens, cond = half_masked(whole), whole.encode(prompts)
+    exact, rounded = (one.logits(tokens, cond, STEP).detach() for one in (whole, half))
+    assert rounded.dtype == torch.float32  # what is drawn from
+    assert 0 < float((rounded - exact).abs().mean()) < 0.1 * float(exact.std())
+    drawn = sample(half, prompts, SamplerConfig(steps=2))
+    pictures = [one.decode(drawn.tokens) for one in (whole, half)]
+    assert pictures[1].dtype == torch.float32
+    assert 0 < float((pictures[0] - pictures[1]).abs().mean()) < 0.02
+    assert torch.equal(*(one.tokenize(pictures[0]) for one in (whole, half)))  # the codec itself is whole
+    with pytest.raises(ValueError, match="the policy is bfloat16, which rounds small steps away: load it with"):
+        rl.check(half, prompts, {"novelty": None}, TrainConfig(quality_weights={"novelty": 1.0}, speed_weight=0.0))
+    with pytest.raises(ValueError, match="the policy is bfloat16"):
+        distill.check(half, prompts, DistillConfig(teacher_steps=4), SamplerConfig(schedule="power"))

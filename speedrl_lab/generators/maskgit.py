@@ -25,6 +25,7 @@ from speedrl_lab.generators.folder import read_pace, read_tensors, write_policy
 from speedrl_lab.generators.llamagen_vq import LlamaGenVQ, vq_from
 from speedrl_lab.generators.maskgit_transformer import MaskGitTransformer, transformer_from
 from speedrl_lab.pace import PaceHead
+from speedrl_lab.precision import as_policy
 
 NUM_CLASSES = 1000
 VQ_FILE = "vq_ds16_c2i.pt"
@@ -80,7 +81,8 @@ class MaskGitGenerator:
             )
         if policy.null_label != NUM_CLASSES:
             raise ValueError(f"the transformer knows {policy.null_label} classes: expected {NUM_CLASSES} of ImageNet")
-        self.policy, self.codec, self.pace = policy, codec.requires_grad_(False), pace
+        self.policy, self.pace = policy, pace
+        self.codec = codec.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
         self.spec = GeneratorSpec(
             name=self.family,
             grid=(policy.side, policy.side),
@@ -118,13 +120,15 @@ class MaskGitGenerator:
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
+        """As the contract says; computed in bfloat16 where the policy is."""
         bad = tokens[(tokens < 0) | (tokens >= self.spec.codebook_size)]
         if len(bad):
             raise ValueError(
                 f"cannot decode token {int(bad[0])}: expected codes 0 to {self.spec.codebook_size - 1}, no mask"
             )
         batches = tokens.unflatten(1, self.spec.grid).split(CODEC_BATCH)  # (b, h, w)
-        return torch.cat([self.codec.decode(codes) for codes in batches])
+        with as_policy(self.policy):
+            return torch.cat([self.codec.decode(codes) for codes in batches])
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:

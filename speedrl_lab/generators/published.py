@@ -30,6 +30,7 @@ from speedrl_lab.adapters import has_adapter, merged
 from speedrl_lab.generator import Cond, GeneratorSpec, StepInfo
 from speedrl_lab.generators.folder import fill, read_pace, read_tensors, write_policy
 from speedrl_lab.pace import PaceHead
+from speedrl_lab.precision import as_policy
 
 AESTHETIC_SCORE = 6.0  # the published pipelines' default
 MAX_CACHED = 4096  # encoded prompts kept in main memory, about 1 GB
@@ -54,9 +55,12 @@ class PublishedGenerator(ABC):
         negative_prompt: str = "",
         pace: PaceHead | None = None,
     ):
-        """`codec` is a VQModel, `text_encoder` a CLIPTextModelWithProjection; both are frozen here."""
+        """`codec` is a VQModel, `text_encoder` a CLIPTextModelWithProjection; both are frozen here.
+
+        The codec's weights are laid out channels last, which convolutions are faster with.
+        """
         self.spec, self.policy, self.pace, self.tokenizer = spec, policy.eval(), pace, tokenizer
-        self.codec = codec.eval().requires_grad_(False)
+        self.codec = codec.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.negative_prompt = negative_prompt
         self.gradient_checkpointing = False
@@ -147,6 +151,7 @@ class PublishedGenerator(ABC):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
+        """As the contract says; computed in bfloat16 where the policy is."""
         bad = tokens[(tokens < 0) | (tokens >= self.spec.codebook_size)]
         if len(bad):
             raise ValueError(
@@ -154,9 +159,10 @@ class PublishedGenerator(ABC):
             )
         channels = self.codec.config.latent_channels
         parts = []
-        for codes in self.picture(tokens).split(DECODE_BATCH):  # (b, h, w)
-            decoded = self.codec.decode(codes, force_not_quantize=True, shape=(*codes.shape, channels))
-            parts.append(decoded.sample.float().clamp(0, 1))  # (b, 3, H, W)
+        with as_policy(self.policy):
+            for codes in self.picture(tokens).split(DECODE_BATCH):  # (b, h, w)
+                decoded = self.codec.decode(codes, force_not_quantize=True, shape=(*codes.shape, channels))
+                parts.append(decoded.sample.float().clamp(0, 1))  # (b, 3, H, W)
         return torch.cat(parts)
 
     @torch.no_grad()
