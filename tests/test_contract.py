@@ -302,6 +302,7 @@ def test_a_policy_in_bfloat16_samples_and_decodes_and_is_not_trained(family, pub
     assert 0 < float((pictures[0] - pictures[1]).abs().mean()) < 0.02
     assert torch.equal(*(one.tokenize(pictures[0]) for one in (whole, half)))  # the codec itself is whole
     with pytest.raises(ValueError, match="the policy is bfloat16, which rounds small steps away: load it with"):
-        rl.check(half, prompts, {"novelty": None}, TrainConfig(quality_weights={"novelty": 1.0}, speed_weight=0.0))
+        config = TrainConfig(quality_weights={"novelty": 1.0}, speed_weight=0.0, num_groups=2)
+        rl.check(half, prompts, {"novelty": None}, config)
     with pytest.raises(ValueError, match="the policy is bfloat16"):
         distill.check(half, prompts, DistillConfig(teacher_steps=4), SamplerConfig(schedule="power"))
