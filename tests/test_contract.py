@@ -4,11 +4,13 @@
 import pytest
 import torch
 
-from speedrl_lab import distill, rl, scenes
+from speedrl_lab import scenes
 from speedrl_lab.config import DistillConfig, SamplerConfig, TrainConfig
+from speedrl_lab.distill import check as check_distillation
 from speedrl_lab.generator import MaskedGenerator, StepInfo
 from speedrl_lab.generators import FAMILIES, describe_generator, load_generator, prompts_for
 from speedrl_lab.pace import PaceHead
+from speedrl_lab.rl import check
 from speedrl_lab.sampler import sample
 
 STEP = StepInfo(0, 4)
@@ -303,6 +305,6 @@ def test_a_policy_in_bfloat16_samples_and_decodes_and_is_not_trained(family, pub
     assert torch.equal(*(one.tokenize(pictures[0]) for one in (whole, half)))  # the codec itself is whole
     with pytest.raises(ValueError, match="the policy is bfloat16, which rounds small steps away: load it with"):
         config = TrainConfig(quality_weights={"novelty": 1.0}, speed_weight=0.0, num_groups=2)
-        rl.check(half, prompts, {"novelty": None}, config)
+        check(half, prompts, {"novelty": None}, config)
     with pytest.raises(ValueError, match="the policy is bfloat16"):
-        distill.check(half, prompts, DistillConfig(teacher_steps=4), SamplerConfig(schedule="power"))
+        check_distillation(half, prompts, DistillConfig(), SamplerConfig(schedule="power"))
