@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from speedrl_lab import parallel
 from speedrl_lab.adapters import adapter_off, add_lora, has_adapter
 from speedrl_lab.advantage import Advantages, next_multiplier
+from speedrl_lab.allocator import keep_memory
 from speedrl_lab.average import Average
 from speedrl_lab.config import HEADED, TrainConfig
 from speedrl_lab.generator import MaskedGenerator
@@ -80,6 +81,8 @@ class Learner:
 
     def __init__(self, generator: MaskedGenerator, config: TrainConfig):
         self.generator, self.config, self.guard = generator, config, Guard(config)
+        if generator.device.type == "cpu":
+            keep_memory()
         self.frozen = config.trained == "schedule"
         self.micro_batch_size = config.micro_batch_size or self._fitting()
         if config.lora_rank and not has_adapter(generator.policy):

@@ -22,7 +22,7 @@ CONFIG = "speedrl_lab.config"
 # Imports go to the same or a lower layer; a package's files share the layer of its name.
 LAYERS = [
     "config presets scenes prompts compositor canvas schedules trajectory advantage objective networks noise "
-    "pace guard precision steering parallel compilation",
+    "pace guard precision steering parallel compilation allocator",
     "weights generator average draws adapters events runs judges distances intervals cache plots frontier_plots "
     "standings estimator_plots page",
     "generators rewards sampler parity pretrain controls board_plots board widgets notebooks comparison trash "
