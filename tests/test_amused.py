@@ -85,7 +85,7 @@ def test_parity_mode_paints_what_the_published_pipeline_paints(layout, guidance_
     tokens = sample_parity(generator, generator.encode(PROMPTS), steps, rng, guidance_scale)
     assert torch.equal(tokens, published("latent").flatten(1))
     assert tokens.unique(dim=0).shape[0] == 3
-    assert torch.equal(generator.decode(tokens), published("pt"))
+    torch.testing.assert_close(generator.decode(tokens), published("pt"), atol=1e-5, rtol=0)  # another layout
 
 
 def test_a_negative_prompt_matters(folder, generator):
