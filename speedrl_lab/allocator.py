@@ -4,6 +4,7 @@ import ctypes
 import platform
 from functools import cache
 
+IS_GLIBC = platform.libc_ver()[0] == "glibc"
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt, in malloc.h
 LARGEST = 2**30
 """Bytes of free memory, or of one block, from which glibc gives back to the system."""
@@ -15,9 +16,15 @@ def keep_memory() -> bool:
 
     By default glibc returns what is freed at the end of its heap, and every page that comes back is cleared by the
     system: a tenth of the time of an update of the embedded generator. What a process holds at its peak it then
-    holds to its end.
+    holds to its end, or until `give_back`.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if not IS_GLIBC:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(name, LARGEST) == 1 for name in (TRIM_THRESHOLD, MMAP_THRESHOLD))
+
+
+def give_back() -> None:
+    """Return to the system, once, what this process has freed: it counts as free again."""
+    if IS_GLIBC:
+        ctypes.CDLL(None).malloc_trim(0)

@@ -134,7 +134,8 @@ class TrainConfig(_Checked):
     """Recompute each block of the network in the backward pass: less memory, about a third more time."""
     policy_dtype: PolicyDtype = "float32"
     """Of the weights that training leaves as they are; adapters, optimizer and all sampling mathematics stay
-    float32. `bfloat16` halves their memory and is faster on a GPU; it needs `lora_rank` or trained='schedule'."""
+    float32. `bfloat16` halves their memory, decodes pictures in it too, and is faster on a GPU; it needs `lora_rank` or
+    trained='schedule'."""
     kl_weight: float = 0.02
     """Beta of the penalty that holds the policy near the reference."""
     kl_estimator: Literal["cross_entropy", "exact", "k1", "k2", "k3"] = "cross_entropy"

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from speedrl_lab.adapters import add_lora, has_adapter
+from speedrl_lab.allocator import give_back
 from speedrl_lab.config import TrainConfig
 from speedrl_lab.footprint import decode_peak, rollout_peak, shadow, size_of, update_peak, values_of
 from speedrl_lab.generator import MaskedGenerator
@@ -222,6 +223,7 @@ def free_memory(device: torch.device | str) -> int:
         return torch.cuda.mem_get_info(device)[0] + reusable
     import psutil
 
+    give_back()  # what a training before this one has freed
     free = psutil.virtual_memory().available
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
