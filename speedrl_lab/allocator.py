@@ -4,13 +4,11 @@ import ctypes
 import platform
 from functools import cache
 
-IS_GLIBC = platform.libc_ver()[0] == "glibc"
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt, in malloc.h
 LARGEST = 2**30
 """Bytes of free memory, or of one block, from which glibc gives back to the system."""
 
 
-@cache
 def keep_memory() -> bool:
     """Let this process keep what it frees, for its next allocations; whether its C library can (glibc).
 
@@ -18,13 +16,18 @@ def keep_memory() -> bool:
     system: a tenth of the time of an update of the embedded generator. What a process holds at its peak it then
     holds to its end, or until `give_back`.
     """
-    if not IS_GLIBC:
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(name, LARGEST) == 1 for name in (TRIM_THRESHOLD, MMAP_THRESHOLD))
+    library = _glibc()
+    return library is not None and all(library.mallopt(name, LARGEST) for name in (TRIM_THRESHOLD, MMAP_THRESHOLD))
 
 
 def give_back() -> None:
     """Return to the system, once, what this process has freed: it counts as free again."""
-    if IS_GLIBC:
-        ctypes.CDLL(None).malloc_trim(0)
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process, where it is glibc; looked for at the first call, in the interpreter's file."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
