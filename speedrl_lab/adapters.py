@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from speedrl_lab.generator import MaskedGenerator
+from speedrl_lab.precision import is_half
 
 
 def add_lora(generator: MaskedGenerator, rank: int, alpha: float | None = None, seed: int = 0) -> None:
@@ -55,6 +56,18 @@ def add_lora(generator: MaskedGenerator, rank: int, alpha: float | None = None, 
 def has_adapter(policy: nn.Module) -> bool:
     """Whether a policy has LoRA layers."""
     return any(True for _ in _lora_layers(policy))
+
+
+def require_whole(policy: nn.Module) -> None:
+    """Raise ValueError for a policy that was loaded in bfloat16 and is to be trained, or an adapter merged into it.
+
+    Weights below an adapter that is there already were rounded by training itself, which has their originals.
+    """
+    if is_half(policy) and not has_adapter(policy):
+        raise ValueError(
+            "the policy is bfloat16, which rounds small steps away: load it with policy_dtype='float32'; the training "
+            "knob policy_dtype='bfloat16' keeps the originals of what it rounds"
+        )
 
 
 @contextmanager

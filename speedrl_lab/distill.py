@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from speedrl_lab.adapters import require_whole
 from speedrl_lab.average import Average
 from speedrl_lab.config import VARYING, DistillConfig, SamplerConfig
 from speedrl_lab.dimo import TokenMatching
 from speedrl_lab.generator import MaskedGenerator
-from speedrl_lab.precision import require_whole
 from speedrl_lab.revising import Revising
 from speedrl_lab.runs import Run
 from speedrl_lab.sdtt import MultiStepMatching

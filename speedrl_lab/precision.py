@@ -39,18 +39,6 @@ def is_half(policy: nn.Module) -> bool:
     return any(value.dtype == torch.bfloat16 for value in untrained(policy).values())
 
 
-def require_whole(policy: nn.Module) -> None:
-    """Raise ValueError for a policy that was loaded in bfloat16 and is to be trained, or an adapter merged into it.
-
-    Weights below an adapter that is there already were rounded by training itself, which has their originals.
-    """
-    if is_half(policy) and len(untrained(policy)) == len(list(policy.parameters())):
-        raise ValueError(
-            "the policy is bfloat16, which rounds small steps away: load it with policy_dtype='float32'; the training "
-            "knob policy_dtype='bfloat16' keeps the originals of what it rounds"
-        )
-
-
 def as_policy(policy: nn.Module) -> AbstractContextManager[None]:
     """Convolutions and products in bfloat16 inside, where the weights of `policy` are; else as they are."""
     device = next(policy.parameters()).device.type

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from speedrl_lab import noise, parallel
+from speedrl_lab.adapters import require_whole
 from speedrl_lab.advantage import Advantages, combine
 from speedrl_lab.config import HEADED, VARYING, SamplerConfig, TrainConfig
 from speedrl_lab.generator import MaskedGenerator
 from speedrl_lab.learner import Learner, Rollout, Weights
 from speedrl_lab.pace import head_for
-from speedrl_lab.precision import require_whole
 from speedrl_lab.rewards import Reward
 from speedrl_lab.runs import Run
 from speedrl_lab.sampler import require_head, sample
